@@ -1,0 +1,258 @@
+// Linear layer + cross-entropy on the CPU, with its gradients, without the (tokens x vocabulary) matrix of logits.
+//
+// Tokens go in chunks whose logits fit 32 MiB. Each thread owns a range of vocabulary tiles. Pass 1 makes the logits of a
+// tile and keeps a running maximum and sum of exponentials per token (online softmax); when every tile is done the
+// log-sum-exp is known, and pass 2 turns each tile into d loss / d logits in place and multiplies it, still in cache, into
+// dW (owned by the thread) and dH (a partial sum per thread, added in thread order: the result repeats bit for bit for a
+// given number of threads). 2 reads of W and 3 matrix products in all, the least there is without keeping the logits.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace wikigpt {
+namespace {
+
+constexpr int64_t kTileRows = 96;                      // vocabulary rows of a tile: 96 x 128 features are 48 KiB
+constexpr int64_t kChunkRows = 256;                    // tokens of a chunk at most
+constexpr int64_t kChunkBytes = int64_t{32} << 20;     // logits of a chunk at most
+constexpr int64_t kMaxLanes = 32;
+
+struct Problem {
+  int64_t n, d, v;
+  const float* input_f32;          // (n, d), or null
+  const at::BFloat16* input_bf16;  // (n, d), or null
+  const float* weight;             // (v, d)
+  const float* bias;               // (v) or null
+  const int64_t* target;           // (n)
+  float label_smoothing, z_loss;
+  float* d_weight;                 // (v, d) or null
+  float* d_bias;                   // (v) or null
+  float input(int64_t row, int64_t column) const {
+    return input_f32 ? input_f32[row * d + column] : static_cast<float>(input_bf16[row * d + column]);
+  }
+};
+
+struct Chunk {
+  int64_t begin, count, rows;                 // tokens [begin, begin + count), padded to `rows`
+  float *h_by_token, *h_by_feature;           // panels [rows / NR][d][NR] and [d / NR][rows][NR]
+  float *target_logit, *lse, *softmax_scale;  // (rows)
+  float *shift, *target_scale;                // (rows)
+};
+
+struct Tile {
+  int64_t begin, rows;
+};
+
+struct Running {
+  float *max, *sum, *total;  // (chunk rows) of one thread
+};
+
+struct Kernels {
+  const char* name;
+  int64_t lanes;
+  void (*pack)(const Problem&, const Chunk&);
+  void (*forward_tile)(const Problem&, const Chunk&, const Tile&, float*, float*, Running&);
+  void (*backward_tile)(const Problem&, const Chunk&, const Tile&, float*, const float*, float*, bool);
+};
+
+namespace generic {
+constexpr int VL = 4, MR = 6;
+#include "linear_cross_entropy_kernel.h"
+constexpr Kernels kernels{"generic", NR, pack, forward_tile, backward_tile};
+}  // namespace generic
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define WIKIGPT_X86 1
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+constexpr int VL = 8, MR = 6;
+#include "linear_cross_entropy_kernel.h"
+constexpr Kernels kernels{"avx2", NR, pack, forward_tile, backward_tile};
+}  // namespace avx2
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,fma,prefer-vector-width=512")
+namespace avx512 {
+constexpr int VL = 16, MR = 12;
+#include "linear_cross_entropy_kernel.h"
+constexpr Kernels kernels{"avx512", NR, pack, forward_tile, backward_tile};
+}  // namespace avx512
+#pragma GCC pop_options
+#endif
+
+const Kernels& kernels() {
+#ifdef WIKIGPT_X86
+  static const Kernels& chosen = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")
+      ? avx512::kernels
+      : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2::kernels : generic::kernels;
+  return chosen;
+#else
+  return generic::kernels;
+#endif
+}
+
+// Returns per-token loss (n) and log-sum-exp (n) in float32, and, where row_grad (d objective / d loss, one per token) is
+// given, the gradients that are asked for; the others are empty tensors. The caller has validated shapes and dtypes.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy(
+    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const at::Tensor& target,
+    const std::optional<at::Tensor>& row_grad, int64_t ignore_index, double label_smoothing, double z_loss,
+    bool need_input_grad, bool need_weight_grad, bool need_bias_grad) {
+  TORCH_CHECK_VALUE(input.dim() == 2 && weight.dim() == 2 && target.dim() == 1, "expected (n, d), (v, d) and (n)");
+  TORCH_CHECK_VALUE(input.size(1) == weight.size(1) && input.size(0) == target.size(0), "sizes do not match");
+  TORCH_CHECK_VALUE(
+      input.scalar_type() == at::kFloat || input.scalar_type() == at::kBFloat16, "input must be float32 or bfloat16");
+  TORCH_CHECK_VALUE(weight.scalar_type() == at::kFloat, "weight must be float32");
+  TORCH_CHECK_VALUE(target.scalar_type() == at::kLong, "target must be int64");
+  const Kernels& k = kernels();
+  const at::Tensor x = input.contiguous(), w = weight.contiguous(), y = target.contiguous();
+  const at::Tensor b = bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
+  const at::Tensor g = row_grad ? row_grad->to(at::kFloat).contiguous() : at::Tensor();
+  const bool gradients = g.defined();
+  const auto f32 = w.options();
+  const int64_t n = x.size(0), d = x.size(1), v = w.size(0);
+
+  at::Tensor loss = at::empty({n}, f32), lse = at::empty({n}, f32);
+  at::Tensor d_input = gradients && need_input_grad ? at::empty({n, d}, x.options()) : at::empty({0}, x.options());
+  // With no token no tile is ever written.
+  const auto make = [&](at::IntArrayRef size) { return n > 0 ? at::empty(size, f32) : at::zeros(size, f32); };
+  at::Tensor d_weight = gradients && need_weight_grad ? make({v, d}) : at::empty({0}, f32);
+  at::Tensor d_bias = gradients && need_bias_grad && b.defined() ? make({v}) : at::empty({0}, f32);
+  if (n == 0) return {loss, lse, d_input, d_weight, d_bias};
+
+  const bool wants_dw = d_weight.numel() > 0, wants_db = d_bias.numel() > 0, wants_dh = d_input.numel() > 0;
+  Problem p{};
+  p.n = n, p.d = d, p.v = v;
+  p.input_f32 = x.scalar_type() == at::kFloat ? x.const_data_ptr<float>() : nullptr;
+  p.input_bf16 = x.scalar_type() == at::kBFloat16 ? x.const_data_ptr<at::BFloat16>() : nullptr;
+  p.weight = w.const_data_ptr<float>();
+  p.bias = b.defined() ? b.const_data_ptr<float>() : nullptr;
+  p.target = y.const_data_ptr<int64_t>();
+  p.label_smoothing = static_cast<float>(label_smoothing);
+  p.z_loss = static_cast<float>(z_loss);
+  p.d_weight = wants_dw ? d_weight.mutable_data_ptr<float>() : nullptr;
+  p.d_bias = wants_db ? d_bias.mutable_data_ptr<float>() : nullptr;
+  for (int64_t i = 0; i < n; ++i)
+    TORCH_CHECK_INDEX(
+        p.target[i] == ignore_index || (p.target[i] >= 0 && p.target[i] < v), "target: token ", i, " is ", p.target[i],
+        ", but the vocabulary has ", v, " entries (allowed: 0 to ", v - 1, ", or ignore_index ", ignore_index, ")");
+
+  const auto lanes = [&](int64_t rows) { return (rows + k.lanes - 1) / k.lanes * k.lanes; };
+  const int64_t fit = std::max<int64_t>(kChunkBytes / 4 / v / k.lanes * k.lanes, k.lanes);
+  const int64_t rows = std::min({kChunkRows, lanes(n), fit});
+  const int64_t d_panels = lanes(d), tiles = (v + kTileRows - 1) / kTileRows;
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), tiles);
+
+  // One allocation for all scratch; every piece is a multiple of kMaxLanes floats long.
+  std::vector<at::Tensor> keep;
+  const auto scratch = [&](int64_t count) {
+    keep.push_back(at::empty({count}, f32));
+    return keep.back().mutable_data_ptr<float>();
+  };
+  float* logits = scratch(gradients ? rows * v : threads * rows * kTileRows);
+  float* dh = wants_dh ? scratch(threads * rows * d) : nullptr;
+  float* running = scratch(threads * 3 * rows);
+  float* tile_max = scratch(tiles * rows);
+  Chunk c{};
+  c.h_by_token = scratch(rows * d);
+  c.h_by_feature = scratch(rows * d_panels);
+  c.target_logit = scratch(rows), c.lse = scratch(rows), c.softmax_scale = scratch(rows);
+  c.shift = scratch(rows), c.target_scale = scratch(rows);
+  std::fill_n(c.h_by_feature, rows * d_panels, 0.0f);
+
+  const auto for_each_tile = [&](const auto& work) {
+    at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+      for (int64_t thread = first; thread < last; ++thread)
+        for (int64_t i = tiles * thread / threads; i < tiles * (thread + 1) / threads; ++i) {
+          const Tile t{i * kTileRows, std::min(kTileRows, v - i * kTileRows)};
+          work(thread, t, logits + (gradients ? rows * t.begin : thread * rows * kTileRows));
+        }
+    });
+  };
+  float *loss_out = loss.mutable_data_ptr<float>(), *lse_out = lse.mutable_data_ptr<float>();
+
+  for (c.begin = 0; c.begin < n; c.begin += rows) {
+    c.count = std::min(rows, n - c.begin);
+    c.rows = rows;
+    k.pack(p, c);
+    for (int64_t t = 0; t < threads; ++t) {
+      std::fill_n(running + t * 3 * rows, rows, -std::numeric_limits<float>::infinity());
+      std::fill_n(running + t * 3 * rows + rows, 2 * rows, 0.0f);
+    }
+    for_each_tile([&](int64_t thread, const Tile& t, float* l) {
+      float* r = running + thread * 3 * rows;
+      Running run{r, r + rows, r + 2 * rows};
+      k.forward_tile(p, c, t, l, tile_max + t.begin / kTileRows * rows, run);
+    });
+
+    for (int64_t r = 0; r < rows; ++r) {
+      c.lse[r] = 0.0f, c.softmax_scale[r] = 0.0f, c.shift[r] = 0.0f, c.target_scale[r] = 0.0f;
+      if (r >= c.count) continue;
+      double top = -std::numeric_limits<double>::infinity(), sum = 0.0, total = 0.0;
+      for (int64_t t = 0; t < threads; ++t) top = std::fmax(top, running[t * 3 * rows + r]);
+      for (int64_t t = 0; t < threads; ++t) {
+        const float* run = running + t * 3 * rows;
+        sum += run[rows + r] * std::exp(run[r] - top);
+        total += run[2 * rows + r];
+      }
+      const double l = top + std::log(sum), s = label_smoothing;
+      c.lse[r] = static_cast<float>(l);
+      lse_out[c.begin + r] = c.lse[r];
+      const bool ignored = p.target[c.begin + r] == ignore_index;
+      loss_out[c.begin + r] = ignored
+          ? 0.0f
+          : static_cast<float>((1.0 - s) * (l - c.target_logit[r]) + s * (l - total / v) + z_loss * l * l);
+      if (!gradients || ignored) continue;
+      const double up = g.const_data_ptr<float>()[c.begin + r];
+      c.softmax_scale[r] = static_cast<float>(up * (1.0 + 2.0 * z_loss * l));
+      c.shift[r] = static_cast<float>(up * s / v);
+      c.target_scale[r] = static_cast<float>(up * (1.0 - s));
+    }
+    if (!gradients) continue;
+
+    if (wants_dh) std::fill_n(dh, threads * rows * d, 0.0f);
+    for_each_tile([&](int64_t thread, const Tile& t, float* l) {
+      k.backward_tile(
+          p, c, t, l, tile_max + t.begin / kTileRows * rows, wants_dh ? dh + thread * rows * d : nullptr, c.begin == 0);
+    });
+    if (!wants_dh) continue;
+    at::parallel_for(0, c.count, 16, [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r)
+        for (int64_t j = 0; j < d; ++j) {
+          float sum = 0.0f;
+          for (int64_t t = 0; t < threads; ++t)
+            sum += dh[t * rows * d + ((r / k.lanes) * d + j) * k.lanes + r % k.lanes];
+          if (p.input_f32)
+            d_input.mutable_data_ptr<float>()[(c.begin + r) * d + j] = sum;
+          else
+            d_input.mutable_data_ptr<at::BFloat16>()[(c.begin + r) * d + j] = at::BFloat16(sum);
+        }
+    });
+  }
+  return {loss, lse, d_input, d_weight, d_bias};
+}
+
+}  // namespace
+
+const char* instruction_set() { return kernels().name; }
+
+}  // namespace wikigpt
+
+TORCH_LIBRARY_FRAGMENT(wikigpt, m) {
+  m.def(
+      "linear_cross_entropy_cpu(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? row_grad, "
+      "int ignore_index, float label_smoothing, float z_loss, bool need_input_grad, bool need_weight_grad, "
+      "bool need_bias_grad) -> (Tensor loss, Tensor lse, Tensor d_input, Tensor d_weight, Tensor d_bias)");
+}
+
+TORCH_LIBRARY_IMPL(wikigpt, CPU, m) { m.impl("linear_cross_entropy_cpu", &wikigpt::linear_cross_entropy); }

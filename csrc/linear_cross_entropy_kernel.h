@@ -1,0 +1,195 @@
+// The arithmetic of linear_cross_entropy for one instruction set. linear_cross_entropy.cpp includes this file once per
+// set, inside a namespace of its own, with VL = floats in one vector register and MR = rows of one register tile.
+//
+// Everything is kept "vocabulary rows x token lanes": a panel is NR = 2 * VL tokens side by side, so that maxima, sums and
+// exponentials over the vocabulary are plain vector operations with one token a lane, and the three matrix products
+//   logits^T = W H^T,   dH^T += W^T p^T,   dW += p^T H
+// all read their left factor by broadcast and their right factor as contiguous panels: no tile is ever transposed.
+
+#define WIKIGPT_INLINE inline __attribute__((always_inline))
+
+constexpr int NR = 2 * VL;
+typedef float vf __attribute__((vector_size(VL * 4)));
+typedef float vf_u __attribute__((vector_size(VL * 4), aligned(4)));
+typedef int vi __attribute__((vector_size(VL * 4)));
+
+static WIKIGPT_INLINE vf load(const float* p) { return (vf) * (const vf_u*)p; }
+static WIKIGPT_INLINE void store(float* p, vf x) { *(vf_u*)p = (vf_u)x; }
+static WIKIGPT_INLINE vf set1(float x) { return x - vf{}; }
+static WIKIGPT_INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }
+
+// exp(x) for x <= ~88, relative error below 2e-7; NaN stays NaN, anything below -87 gives about 1e-38.
+static WIKIGPT_INLINE vf exp_(vf x) {
+  const vf low = set1(-87.0f);
+  x = x < low ? low : x;
+  const vf magic = set1(12582912.0f);  // 1.5 * 2^23: adding it leaves round(x) in the low mantissa bits
+  const vf t = x * 1.44269504088896341f + magic;
+  const vf n = t - magic;
+  vf r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vf p = set1(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const vi exponent = ((vi)t - (vi)magic + 127) << 23;
+  return p * (vf)exponent;
+}
+
+// C (M x NR, row stride c_row) = [C +] sum over o, k of A[i * a_row + o * a_outer + k * a_k] * B[(o * k_len + k) * NR + j].
+template <int M>
+static WIKIGPT_INLINE void tile(
+    int64_t outer, int64_t k_len, const float* a, int64_t a_row, int64_t a_k, int64_t a_outer, const float* b, float* c,
+    int64_t c_row, bool accumulate) {
+  vf acc[M][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+    acc[i][0] = accumulate ? load(c + i * c_row) : vf{};
+    acc[i][1] = accumulate ? load(c + i * c_row + VL) : vf{};
+  }
+  for (int64_t o = 0; o < outer; ++o) {
+    const float* ao = a + o * a_outer;
+    for (int64_t k = 0; k < k_len; ++k, b += NR, ao += a_k) {
+      const vf b0 = load(b), b1 = load(b + VL);
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i) {
+        const vf x = set1(ao[i * a_row]);
+        acc[i][0] += x * b0;
+        acc[i][1] += x * b1;
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+    store(c + i * c_row, acc[i][0]);
+    store(c + i * c_row + VL, acc[i][1]);
+  }
+}
+
+template <int M>
+static void tile_rows(
+    int64_t m, int64_t outer, int64_t k_len, const float* a, int64_t a_row, int64_t a_k, int64_t a_outer,
+    const float* b, float* c, int64_t c_row, bool accumulate) {
+  if (m == M) {
+    // Constant strides let the compiler fold the addresses of the broadcasts into the instructions.
+    if (a_row == 1)
+      tile<M>(outer, k_len, a, 1, a_k, a_outer, b, c, c_row, accumulate);
+    else if (a_row == NR && a_k == 1)
+      tile<M>(outer, k_len, a, NR, 1, a_outer, b, c, c_row, accumulate);
+    else
+      tile<M>(outer, k_len, a, a_row, 1, a_outer, b, c, c_row, accumulate);
+  } else if constexpr (M > 1) {
+    tile_rows<M - 1>(m, outer, k_len, a, a_row, a_k, a_outer, b, c, c_row, accumulate);
+  }
+}
+
+// rows x NR outputs, MR rows at a time; only the first `columns` of the NR columns of C exist.
+static void multiply(
+    int64_t rows, int64_t columns, int64_t outer, int64_t k_len, const float* a, int64_t a_row, int64_t a_k,
+    int64_t a_outer, const float* b, float* c, int64_t c_row, bool accumulate) {
+  alignas(64) float edge[MR * NR];
+  for (int64_t i = 0; i < rows; i += MR) {
+    const int64_t m = rows - i < MR ? rows - i : MR;
+    if (columns == NR) {
+      tile_rows<MR>(m, outer, k_len, a + i * a_row, a_row, a_k, a_outer, b, c + i * c_row, c_row, accumulate);
+      continue;
+    }
+    tile_rows<MR>(m, outer, k_len, a + i * a_row, a_row, a_k, a_outer, b, edge, NR, false);
+    for (int64_t r = 0; r < m; ++r)
+      for (int64_t j = 0; j < columns; ++j) {
+        float& out = c[(i + r) * c_row + j];
+        out = accumulate ? out + edge[r * NR + j] : edge[r * NR + j];
+      }
+  }
+}
+
+// A chunk of up to `rows` tokens, packed both ways. rows is a multiple of NR; lanes past the last token are zero.
+static void pack(const Problem& p, const Chunk& c) {
+  for (int64_t r = 0; r < c.rows; ++r)
+    for (int64_t d = 0; d < p.d; ++d) {
+      const float x = r < c.count ? p.input(c.begin + r, d) : 0.0f;
+      c.h_by_token[((r / NR) * p.d + d) * NR + r % NR] = x;
+      c.h_by_feature[((d / NR) * c.rows + r) * NR + d % NR] = x;
+    }
+}
+
+// First pass over one vocabulary tile: exp(logit - running maximum) into `tile_exp` (panels of [tile rows][NR]), the
+// maximum it is relative to into `tile_max`, running maximum and sum of exponentials (and of logits, for label smoothing)
+// of this thread's tokens, and the logits of those targets that lie in the tile.
+static void forward_tile(const Problem& p, const Chunk& c, const Tile& t, float* tile_exp, float* tile_max, Running& run) {
+  for (int64_t panel = 0; panel < c.rows / NR; ++panel) {
+    float* l = tile_exp + panel * t.rows * NR;
+    multiply(t.rows, NR, 1, p.d, p.weight + t.begin * p.d, p.d, 1, 0, c.h_by_token + panel * p.d * NR, l, NR, false);
+    if (p.bias != nullptr)
+      for (int64_t i = 0; i < t.rows; ++i)
+        for (int half = 0; half < 2; ++half) {
+          float* x = l + i * NR + half * VL;
+          store(x, load(x) + p.bias[t.begin + i]);
+        }
+    for (int64_t r = panel * NR; r < c.count && r < (panel + 1) * NR; ++r) {
+      const int64_t y = p.target[c.begin + r] - t.begin;
+      if (y >= 0 && y < t.rows) c.target_logit[r] = l[y * NR + r % NR];
+    }
+    for (int half = 0; half < 2; ++half) {
+      const int64_t lane = panel * NR + half * VL;
+      float* x = l + half * VL;
+      const vf before = load(run.max + lane);
+      vf top = before, total = load(run.total + lane);
+      for (int64_t i = 0; i < t.rows; ++i) top = maximum(load(x + i * NR), top);
+      if (p.label_smoothing > 0.0f)
+        for (int64_t i = 0; i < t.rows; ++i) total += load(x + i * NR);
+      vf sum = load(run.sum + lane) * exp_(before - top);
+      for (int64_t i = 0; i < t.rows; ++i) {
+        const vf e = exp_(load(x + i * NR) - top);
+        store(x + i * NR, e);
+        sum += e;
+      }
+      store(tile_max + lane, top);
+      store(run.max + lane, top);
+      store(run.sum + lane, sum);
+      store(run.total + lane, total);
+    }
+  }
+}
+
+// Second pass over one tile: the exponentials become d loss / d logits in place, then feed dW, db and this thread's dH^T.
+static void backward_tile(
+    const Problem& p, const Chunk& c, const Tile& t, float* logits, const float* tile_max, float* dh, bool first) {
+  const int64_t panels = c.rows / NR;
+  if (p.d_bias != nullptr && first)
+    for (int64_t i = 0; i < t.rows; ++i) p.d_bias[t.begin + i] = 0.0f;
+  for (int64_t panel = 0; panel < panels; ++panel)
+    for (int half = 0; half < 2; ++half) {
+      const int64_t lane = panel * NR + half * VL;
+      float* x = logits + panel * t.rows * NR + half * VL;
+      const vf scale = exp_(load(tile_max + lane) - load(c.lse + lane)) * load(c.softmax_scale + lane);
+      const vf shift = load(c.shift + lane);
+      for (int64_t i = 0; i < t.rows; ++i) store(x + i * NR, load(x + i * NR) * scale - shift);
+    }
+  for (int64_t r = 0; r < c.count; ++r) {
+    const int64_t y = p.target[c.begin + r] - t.begin;
+    if (y >= 0 && y < t.rows) logits[((r / NR) * t.rows + y) * NR + r % NR] -= c.target_scale[r];
+  }
+  if (p.d_bias != nullptr)
+    for (int64_t panel = 0; panel < panels; ++panel)
+      for (int64_t i = 0; i < t.rows; ++i) {
+        const float* x = logits + (panel * t.rows + i) * NR;
+        float sum = 0.0f;
+        for (int j = 0; j < NR; ++j) sum += x[j];
+        p.d_bias[t.begin + i] += sum;
+      }
+  if (p.d_weight != nullptr)
+    for (int64_t d = 0; d < p.d; d += NR)
+      multiply(
+          t.rows, p.d - d < NR ? p.d - d : NR, panels, NR, logits, NR, 1, t.rows * NR,
+          c.h_by_feature + (d / NR) * c.rows * NR, p.d_weight + t.begin * p.d + d, p.d, !first);
+  if (dh != nullptr)
+    for (int64_t panel = 0; panel < panels; ++panel)
+      multiply(
+          p.d, NR, 1, t.rows, p.weight + t.begin * p.d, 1, p.d, 0, logits + panel * t.rows * NR, dh + panel * p.d * NR,
+          NR, true);
+}
+
+#undef WIKIGPT_INLINE

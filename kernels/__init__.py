@@ -1,0 +1,31 @@
+"""Fused kernels for transformers: `import wikigpt.kernels` needs torch and nothing else.
+
+Each op stands in one file (or folder) of its name: reference, kernel, registered op, public function.
+`backend("reference")` forces one implementation for every op inside a with block; WIKIGPT_BACKEND does so for a process.
+"""
+
+from ._dispatch import BACKENDS, backend, explain, ops
+from .activation import gelu, swiglu
+from .attention import alibi_slopes, attention_weights, scaled_dot_product_attention
+from .linear_cross_entropy import linear_cross_entropy
+from .norm import LayerNorm, RMSNorm, layer_norm, rms_norm
+from .rotary import apply_rotary_emb, rotary_cos_sin
+
+__all__ = [
+    "BACKENDS",
+    "LayerNorm",
+    "RMSNorm",
+    "alibi_slopes",
+    "apply_rotary_emb",
+    "attention_weights",
+    "backend",
+    "explain",
+    "gelu",
+    "layer_norm",
+    "linear_cross_entropy",
+    "ops",
+    "rms_norm",
+    "rotary_cos_sin",
+    "scaled_dot_product_attention",
+    "swiglu",
+]

@@ -1,0 +1,117 @@
+"""Which implementation of an op runs: one small table for all ops.
+
+Every op registers its implementations here in order of preference; `choose` takes the first that this machine and these
+inputs allow. `backend("reference")` (context manager) or the environment variable WIKIGPT_BACKEND (read at import) force one, and forcing
+what is not available raises with the reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+NAMESPACE = "wikigpt"
+"""Namespace of the registered operators (torch.ops.<NAMESPACE>)."""
+
+BACKENDS = ("auto", "reference", "torch", "cpu", "cuda", "triton")
+"""auto: the first that is available. reference: plain PyTorch, written for reading. torch: PyTorch's own fused operators.
+cpu: ours for the processor (csrc/ where it is built). cuda: ours in CUDA C++. triton: ours in Triton."""
+
+# A plain global, one for the process, because torch.compile can guard on it (it cannot read a ContextVar).
+_forced: str | None = os.environ.get("WIKIGPT_BACKEND") or None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op. `why_not(device_type)` is the reason it cannot run on such a device, or None."""
+
+    backend: str
+    function: Callable[..., Any]
+    why_not: Callable[[str], str | None] = lambda device_type: None
+
+
+_table: dict[str, tuple[Implementation, ...]] = {}
+
+
+def register(op: str, *implementations: Implementation) -> None:
+    """Enter an op's implementations, the preferred one first."""
+    _table[op] = implementations
+
+
+def ops() -> tuple[str, ...]:
+    return tuple(sorted(_table))
+
+
+def check_backend(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend: got {name!r}, allowed are {', '.join(BACKENDS)}")
+    return name
+
+
+def forced_backend() -> str | None:
+    """The backend in force by the innermost `backend()` block, else by WIKIGPT_BACKEND, else None."""
+    return None if _forced is None or check_backend(_forced) == "auto" else _forced
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one backend for every op called inside the block, in the whole process. ValueError for an unknown name."""
+    global _forced
+    before, _forced = _forced, check_backend(name)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose(op: str, device_type: str, name: str | None = None) -> Callable[..., Any]:
+    """The function that computes `op` on this type of device.
+
+    `name` forces a backend for this call; None or "auto" leave it to `backend()` and WIKIGPT_BACKEND.
+    Raises RuntimeError with the reason where the forced backend cannot run.
+    """
+    wanted = forced_backend() if name is None or check_backend(name) == "auto" else name
+    reasons = []
+    for implementation in _table[op]:
+        if wanted is not None and implementation.backend != wanted:
+            continue
+        reason = implementation.why_not(device_type)
+        if reason is None:
+            return implementation.function
+        reasons.append(f"{implementation.backend}: {reason}")
+    if wanted is not None and not reasons:
+        have = ", ".join(i.backend for i in _table[op])
+        reasons = [f"{op} has no {wanted} implementation in this version (it has {have})"]
+    raise RuntimeError(f"backend {wanted!r} cannot compute {op} on {device_type}: {'; '.join(reasons)}")
+
+
+def explain(op: str, device_type: str) -> list[tuple[str, str | None]]:
+    """(backend, reason it cannot run here or None) for each implementation of `op`, the preferred one first."""
+    return [(i.backend, i.why_not(device_type)) for i in _table[op]]
+
+
+def only_on(*device_types: str) -> Callable[[str], str | None]:
+    """A `why_not` for an implementation that runs on these types of device alone."""
+
+    def why_not(device_type: str) -> str | None:
+        if device_type in device_types:
+            return None
+        return f"runs on {' and '.join(device_types)}, not on {device_type}"
+
+    return why_not
+
+
+@functools.cache
+def extension() -> tuple[Any, str | None]:
+    """(the module wikigpt._C or None, the reason why it is missing or None)."""
+    try:
+        from .. import _C  # type: ignore[attr-defined]  # built by setup.py, absent where no compiler was found
+    except ImportError as error:
+        if "_C" in str(error) and "undefined symbol" not in str(error):
+            return None, "csrc/ was not built (needs a C++ compiler: pip install --no-build-isolation .)"
+        return None, f"wikigpt._C does not load ({str(error).splitlines()[0]})"
+    return _C, None

@@ -1,0 +1,309 @@
+"""A GPT: decoder-only transformer (Radford et al. 2019), with the published choices of small models behind one config.
+
+Shapes: B batch, S positions of this call, T positions in the key/value cache, H heads, G key/value heads, D head_dim,
+C = n_embd, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import kernels
+
+POSITIONS = ("learned", "rotary", "alibi")
+NORMS = ("layernorm", "rmsnorm")
+ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 33278
+    context_length: int = 256
+    n_layer: int = 6
+    n_head: int = 8
+    n_kv_head: int | None = None  # None: as n_head; fewer: grouped-query attention (Ainslie et al. 2023)
+    n_embd: int = 512
+    head_dim: int | None = None  # None: n_embd / n_head
+    intermediate_size: int | None = None  # None: 4 * n_embd, for swiglu 8/3 * n_embd rounded up to a multiple of 32
+    position: str = "learned"  # learned | rotary | alibi
+    norm: str = "layernorm"  # layernorm | rmsnorm
+    activation: str = "gelu_tanh"  # gelu | gelu_tanh | swiglu
+    bias: bool = True  # biases of the linear layers and of LayerNorm
+    tie_embeddings: bool = True  # the output head is the token embedding
+    dropout: float = 0.0
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    backend: str = "auto"  # which kernels: auto | reference | torch | triton
+
+    def __post_init__(self) -> None:
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
+        for name in ("vocab_size", "context_length", "n_layer", "n_head", "n_kv_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, must be 1 or more")
+        for name, allowed in (("position", POSITIONS), ("norm", NORMS), ("activation", ACTIVATIONS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed are {', '.join(allowed)}")
+        if self.backend not in kernels.BACKENDS:
+            raise ValueError(f"backend: got {self.backend!r}, allowed are {', '.join(kernels.BACKENDS)}")
+        if self.head_dim is None:
+            if self.n_embd % self.n_head:
+                raise ValueError(f"n_head: {self.n_head} does not divide n_embd {self.n_embd}; give head_dim")
+            self.head_dim = self.n_embd // self.n_head
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_kv_head: {self.n_kv_head} does not divide n_head {self.n_head}")
+        if self.position == "rotary" and self.head_dim % 2:
+            raise ValueError(f"head_dim: got {self.head_dim}, rotary positions need an even one")
+        if self.intermediate_size is None:
+            wide = -(-8 * self.n_embd // 96) * 32
+            self.intermediate_size = wide if self.activation == "swiglu" else 4 * self.n_embd
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout: got {self.dropout}, must be at least 0 and below 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, allocated once for the whole context."""
+
+    def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.n_layer, 2, batch_size, config.n_kv_head, config.context_length, config.head_dim)
+        self.data = torch.empty(shape, device=device, dtype=dtype)  # type: ignore[arg-type]  # set in __post_init__
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, G, S, D) of the new positions; returns all keys and values (B, G, T, D)."""
+        end = self.length + k.shape[2]
+        self.data[layer, 0, :, :, self.length : end] = k
+        self.data[layer, 1, :, :, self.length : end] = v
+        return self.data[layer, 0, :, :, :end], self.data[layer, 1, :, :, :end]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        q_size, kv_size = config.n_head * config.head_dim, config.n_kv_head * config.head_dim  # type: ignore[operator]
+        self.split = [q_size, kv_size, kv_size]
+        self.qkv = nn.Linear(config.n_embd, sum(self.split), bias=config.bias)
+        self.proj = nn.Linear(q_size, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def heads(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value of x (B, S, C), each (B, heads, S, D), positions applied."""
+        b, s, _ = x.shape
+        q, k, v = (
+            t.view(b, s, -1, self.config.head_dim).transpose(1, 2) for t in self.qkv(x).split(self.split, dim=-1)
+        )
+        if rotary is not None:
+            q = kernels.apply_rotary_emb(q, *rotary, backend=self.config.backend)
+            k = kernels.apply_rotary_emb(k, *rotary, backend=self.config.backend)
+        return q, k, v
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        q, k, v = self.heads(x, rotary)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        y = kernels.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.config.dropout if self.training else 0.0,
+            # A single query sees every key; several queries after a past come with a mask.
+            is_causal=mask is None and q.shape[2] > 1,
+            enable_gqa=self.config.n_kv_head != self.config.n_head,
+            backend=self.config.backend,
+        )  # (B, H, S, D)
+        return self.dropout(self.proj(y.transpose(1, 2).flatten(2)))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        gated = config.activation == "swiglu"
+        self.fc = nn.Linear(config.n_embd, config.intermediate_size * (2 if gated else 1), bias=config.bias)  # type: ignore[operator]
+        self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.bias)  # type: ignore[arg-type]
+        self.dropout = nn.Dropout(config.dropout)
+        self.activate = self._swiglu if gated else self._gelu
+        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
+
+    def _gelu(self, x: Tensor) -> Tensor:
+        return kernels.gelu(x, self.approximate, backend=self.config.backend)
+
+    def _swiglu(self, x: Tensor) -> Tensor:
+        return kernels.swiglu(*x.chunk(2, dim=-1), backend=self.config.backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.proj(self.activate(self.fc(x))))
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return kernels.RMSNorm(config.n_embd, config.norm_eps, backend=config.backend)
+    return kernels.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias, backend=config.backend)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.norm1 = make_norm(config)
+        self.attn = Attention(config, layer)
+        self.norm2 = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        x = x + self.attn(self.norm1(x), rotary, mask, cache)
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.context_length, config.n_embd) if config.position == "learned" else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = make_norm(config)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.wte.weight
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """As GPT-2: normal(0.02), residual projections scaled by 1 / sqrt(2 * n_layer), biases zero."""
+        for name, p in self.named_parameters():
+            if p.dim() > 1:
+                residual = name.endswith("proj.weight")
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Output of the last norm (B, S, C) for token ids idx (B, S), which follow what is in the cache."""
+        past = 0 if cache is None else cache.length
+        s = idx.shape[1]
+        if past + s > self.config.context_length:
+            raise ValueError(f"idx: {past + s} positions, the model's context_length is {self.config.context_length}")
+        positions = torch.arange(past, past + s, device=idx.device)
+        x = self.wte(idx)  # (B, S, C)
+        if self.wpe is not None:
+            x = x + self.wpe(positions)
+        rotary = None
+        if self.config.position == "rotary":
+            rotary = kernels.rotary_cos_sin(positions, self.config.head_dim, self.config.rope_theta, x.dtype)  # type: ignore[arg-type]
+        mask = self.attention_mask(positions, past + s, x.dtype)
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, rotary, mask, cache)
+        if cache is not None:
+            cache.length += s
+        return self.norm(x)
+
+    def attention_mask(self, positions: Tensor, t: int, dtype: torch.dtype) -> Tensor | None:
+        """None where plain causal attention (or a single query) needs no mask, else (S, T) or, for ALiBi, (H, S, T)."""
+        s = positions.shape[0]
+        if self.config.position != "alibi" and (s == t or s == 1):
+            return None
+        distance = positions[:, None] - torch.arange(t, device=positions.device)  # (S, T)
+        if self.config.position != "alibi":
+            return distance >= 0
+        if torch.is_autocast_enabled(positions.device.type):
+            dtype = torch.get_autocast_dtype(positions.device.type)
+        slopes = kernels.alibi_slopes(self.config.n_head).to(positions.device)
+        bias = -slopes[:, None, None] * distance
+        return bias.masked_fill(distance < 0, -math.inf).to(dtype)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Logits (B, S, V) for token ids idx (B, S), or, with targets (B, S), the mean cross-entropy in nats.
+
+        Targets of -100 are ignored. Raises ValueError where idx is longer than the context.
+        """
+        x = self.hidden(idx, cache)
+        if targets is None:
+            return self.head(x)
+        return kernels.linear_cross_entropy(x, self.head.weight, targets, backend=self.config.backend)
+
+    def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of each token in nats, (B, S) float32; 0 where the target is -100."""
+        x = self.hidden(idx)
+        return kernels.linear_cross_entropy(
+            x, self.head.weight, targets, reduction="none", backend=self.config.backend
+        )
+
+    def make_cache(self, batch_size: int) -> KVCache:
+        """An empty key/value cache for this model, in the dtype its linear layers compute in."""
+        weight = self.head.weight
+        device_type = weight.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if autocast else weight.dtype
+        return KVCache(self.config, batch_size, weight.device, dtype)
+
+    @torch.no_grad()
+    def attention_weights(self, idx: Tensor) -> Tensor:
+        """The attention weights (n_layer, B, H, S, S) for idx (B, S); rows sum to 1."""
+        if idx.shape[1] > self.config.context_length:
+            raise ValueError(f"idx: {idx.shape[1]} positions, the model's context_length is {self.config.context_length}")
+        positions = torch.arange(idx.shape[1], device=idx.device)
+        weights: list[Tensor] = []
+
+        def look(attn: nn.Module, args: tuple[Any, ...]) -> None:
+            x, rotary, mask, _ = args
+            q, k, _ = attn.heads(x, rotary)
+            weights.append(kernels.attention_weights(q, k, mask, is_causal=mask is None))
+
+        handles = [block.attn.register_forward_pre_hook(look) for block in self.blocks]  # type: ignore[union-attr, operator]
+        training = self.training
+        self.eval()
+        try:
+            self.hidden(idx)
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.train(training)
+        return torch.stack(weights)
+
+    def num_parameters(self, embeddings: bool = True) -> int:
+        """Number of parameters, shared ones once; without those of the token and position embeddings where asked."""
+        count = sum(p.numel() for p in self.parameters())
+        if not embeddings:
+            count -= self.wte.weight.numel() + (self.wpe.weight.numel() if self.wpe is not None else 0)
+        return count
+
+    def flops_per_token(self, seqlen: int) -> int:
+        """Forward + backward FLOPs of one token as PaLM counts them (Chowdhery et al. 2022, appendix B)."""
+        config = self.config
+        matmul = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        return 6 * matmul + 12 * config.n_layer * config.n_head * config.head_dim * seqlen  # type: ignore[operator]
+
+    @classmethod
+    def from_pretrained(cls, source: str, **overrides: Any) -> GPT:
+        """A GPT with the weights of a Hugging Face GPT-2 or Llama model: a directory, or a name on the Hub ("gpt2").
+
+        `overrides` go into the config (backend, dropout). See `wikigpt.hub.from_pretrained`.
+        """
+        from . import hub
+
+        return hub.from_pretrained(source, **overrides)
+
+    def save_pretrained(self, directory: str, tokenizer: Any = None) -> None:
+        """Write a directory that `transformers.AutoModelForCausalLM` and vLLM load. See `wikigpt.hub.save_pretrained`."""
+        from . import hub
+
+        hub.save_pretrained(self, directory, tokenizer)
+
+
+__all__ = ["GPT", "GPTConfig", "KVCache"]
