@@ -258,6 +258,10 @@ def tokenizer_from_json(content: dict[str, Any]) -> Tokenizer:
             return BPETokenizer(content["vocab"], content["merges"])
         if content["kind"] == "byte":
             return ByteTokenizer()
+        if content["kind"] == "hub":
+            from wikigpt.hub import HubTokenizer
+
+            return HubTokenizer(content["model"], content["eos_id"])
         reason = f"unknown kind {content['kind']!r}"
     except (KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"

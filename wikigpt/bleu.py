@@ -1,0 +1,95 @@
+"""BLEU (Papineni et al. 2002) of the completions a model writes, counted by sacrebleu with its default settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import checkpoint as checkpoints
+from .errors import UserError
+from .pairs import Pair
+
+if TYPE_CHECKING:
+    from .data import Tokenizer
+    from .model import GPT
+
+
+@dataclass(frozen=True)
+class BleuResult:
+    score: float  # 0 to 100
+    signature: str  # sacrebleu's: version and settings
+    hypotheses: list[str]  # one line each, in the order of the pairs
+    references: list[str]
+    exact_match: float  # share of hypotheses equal to their reference, 0 to 1
+
+    def __str__(self) -> str:
+        text = f"BLEU {self.score:.2f} ({self.signature})\nexact match {self.exact_match:.1%} of {len(self.references):,}"
+        if all(len(reference.split()) < 4 for reference in self.references):
+            text += "\nBLEU counts runs of four words, and no completion here has four: go by exact match"
+        return text
+
+
+def evaluate_bleu(
+    model: GPT,
+    tokenizer: Tokenizer,
+    pairs: Sequence[Pair],
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int | None = None,
+) -> BleuResult:
+    """BLEU of greedily decoded completions against those of the pairs.
+
+    A completion ends at <eos>, at `max_new_tokens` (None: twice the longest reference) or where the context is full.
+    Hypotheses and references have their white space (line breaks of code too) reduced to single spaces, since a
+    segment is a line to sacrebleu; the score is the one of its command line on files of these lines.
+
+    Raises UserError for a prompt that leaves no room in the context, ValueError where there are no pairs.
+    """
+    import sacrebleu
+
+    from .generate import generate
+
+    if not pairs:
+        raise ValueError("pairs: got none, must be 1 or more")
+    prompts = [tokenizer.encode(pair.prompt).tolist() for pair in pairs]
+    context = model.config.context_length
+    for pair, prompt in zip(pairs, prompts):
+        if len(prompt) > context:
+            raise UserError(
+                f"{pair.where}: the prompt's {len(prompt)} tokens do not fit into the model's context of {context}; "
+                "shorten it"
+            )
+    if max_new_tokens is None:
+        max_new_tokens = 2 * max(len(tokenizer.encode(pair.completion)) for pair in pairs) + 1
+
+    hypotheses = [""] * len(pairs)
+    # Prompts of similar length together, which wastes the least on padding.
+    order = sorted(range(len(pairs)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        new = generate(model, [prompts[i] for i in rows], max_new_tokens, temperature=0.0, eos_id=tokenizer.eos_id)
+        for i, ids in zip(rows, new):
+            end = ids.index(tokenizer.eos_id) if tokenizer.eos_id in ids else len(ids)
+            hypotheses[i] = _line(tokenizer.decode(ids[:end]))
+
+    references = [_line(pair.completion) for pair in pairs]
+    metric = sacrebleu.BLEU()
+    score = metric.corpus_score(hypotheses, [references]).score
+    matches = sum(hypothesis == reference for hypothesis, reference in zip(hypotheses, references))
+    return BleuResult(score, str(metric.get_signature()), hypotheses, references, matches / len(pairs))
+
+
+def _line(text: str) -> str:
+    # Half of a surrogate pair, which JSON can spell, has no UTF-8.
+    return " ".join(text.split()).encode("utf-8", "replace").decode()
+
+
+def write_hypotheses(result: BleuResult, path: str | Path) -> None:
+    """Write the hypotheses, one a line, as `sacrebleu references.txt -i PATH` reads them. Raises UserError on failure."""
+    text = "".join(f"{line}\n" for line in result.hypotheses)
+    checkpoints.write_atomically(path, lambda file: file.write(text.encode()))
+
+
+__all__ = ["BleuResult", "evaluate_bleu", "write_hypotheses"]

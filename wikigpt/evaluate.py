@@ -1,0 +1,142 @@
+"""Perplexity as papers count it: every token of the split, `<eos>` included, predicted once.
+
+The stream is preceded by one `<eos>`, so that its first token is predicted too. Windows of context_length tokens move by
+`stride`; of each window only the last `stride` predictions count (of the first, all), so that with stride < context_length
+every token but the first few has at least context_length - stride tokens of context. stride = context_length is the plain
+blocked number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import kernels
+from .errors import UserError
+from .model import GPT
+
+if TYPE_CHECKING:
+    from .data import SplitStats
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    nats: float  # sum over all predicted tokens
+    tokens: int  # predicted tokens
+    words: int | None = None  # words and line ends of the text, what word-level papers count; None: not known
+
+    @property
+    def per_token(self) -> float:
+        return _exp(self.nats / self.tokens)
+
+    @property
+    def per_word(self) -> float | None:
+        """Perplexity normalised to words: comparable between tokenizers; equal to per_token for word-level."""
+        return None if self.words is None else _exp(self.nats / self.words)
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
+
+
+def windows(n: int, context_length: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(begin, end, first counted position) of each window over n inputs; every position is counted exactly once."""
+    counted = 0
+    while counted < n:
+        end = min(counted + (context_length if counted == 0 else stride), n)
+        yield max(0, end - context_length), end, counted
+        counted = end
+
+
+def to_stream(tokens: np.ndarray, first: int, vocab_size: int) -> Tensor:
+    """The token file as int64 with `first` put before it. Raises UserError for ids the model does not know."""
+    ids = torch.from_numpy(np.concatenate(([first], tokens)).astype(np.int64))
+    if tokens.size == 0:
+        raise UserError("the split is empty: nothing to evaluate")
+    if int(ids.max()) >= vocab_size:
+        raise UserError(f"token id {int(ids.max())} is out of range: the model's vocabulary has {vocab_size} entries")
+    return ids
+
+
+def perplexity(
+    model: GPT,
+    tokens: np.ndarray,
+    eos_id: int,
+    *,
+    stride: int | None = None,
+    batch_size: int = 16,
+    dynamic_lr: float = 0.0,
+    stats: SplitStats | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+    """Perplexity of `model` on a token stream (N,) of ids.
+
+    stride defaults to context_length // 2. dynamic_lr > 0 is dynamic evaluation (Krause et al. 2018): after a window is
+    scored, one step of SGD on it; the weights are restored at the end. `stats` of the split gives the word count.
+    progress(done, total) is called after each batch. Raises UserError for ids out of range and for a bad stride.
+    """
+    length = model.config.context_length
+    stride = max(1, length // 2) if stride is None else stride
+    if not 1 <= stride <= length:
+        raise UserError(f"stride: got {stride}, must be between 1 and the model's context_length {length}")
+    device = model.head.weight.device
+    ids = to_stream(tokens, eos_id, model.config.vocab_size).to(device)
+    n = ids.shape[0] - 1
+    training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=device)
+
+    def losses(batch: list[tuple[int, int, int]]) -> Tensor:
+        # Windows of one batch have the same shape; the head runs on the counted positions alone.
+        begin, end, first = batch[0]
+        x = torch.stack([ids[b:e] for b, e, _ in batch])
+        y = torch.stack([ids[f + 1 : e + 1] for _, e, f in batch])
+        hidden = model.hidden(x)[:, first - begin :]
+        return kernels.linear_cross_entropy(
+            hidden, model.head.weight, y, reduction="none", backend=model.config.backend
+        )
+
+    if dynamic_lr > 0:
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for window in windows(n, length, stride):
+            loss = losses([window])
+            total += loss.detach().double().sum()
+            loss.mean().backward()
+            with torch.no_grad():
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                for p in model.parameters():
+                    if p.grad is not None:
+                        p -= dynamic_lr * p.grad
+                        p.grad = None
+            if progress:
+                progress(window[1], n)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(before[name])
+    else:
+        with torch.no_grad():
+            batch: list[tuple[int, int, int]] = []
+            for window in [*windows(n, length, stride), None]:
+                if batch and (window is None or len(batch) == batch_size or _shape(window) != _shape(batch[0])):
+                    total += losses(batch).double().sum()
+                    if progress:
+                        progress(batch[-1][1], n)
+                    batch = []
+                if window is not None:
+                    batch.append(window)
+    model.train(training)
+    return Perplexity(float(total), n, None if stats is None else stats.words + stats.lines)
+
+
+def _shape(window: tuple[int, int, int]) -> tuple[int, int]:
+    begin, end, first = window
+    return end - begin, end - first
+
+
+__all__ = ["Perplexity", "perplexity", "windows"]
