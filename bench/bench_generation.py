@@ -1,4 +1,4 @@
-"""Greedy generation on the CPU: ours against transformers' `generate`, the same weights and the same tokens.
+"""Greedy generation on one CPU thread: ours and transformers, the same weights and the same tokens.
 
     pytest bench/bench_generation.py --benchmark-disable-gc -q
 
@@ -12,6 +12,15 @@ from wikigpt import hub
 from wikigpt.generate import generate
 
 PROMPT, NEW = 32, 128
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A few rows gain little from threads, which on a shared machine wait long for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=[128, 192], ids=lambda width: f"4x{width}")

@@ -74,6 +74,13 @@ def _chunked_cpu(
     d objective / d loss of each token. The C++ twin in csrc/linear_cross_entropy.cpp does the same in fewer passes."""
     n, d = input.shape
     v = linear_weight.shape[0]
+    outside = (target != ignore_index) & ((target < 0) | (target >= v))
+    if outside.any():
+        i = int(outside.nonzero()[0])
+        raise IndexError(
+            f"target: token {i} is {int(target[i])}, but the vocabulary has {v} entries "
+            f"(allowed: 0 to {v - 1}, or ignore_index {ignore_index})"
+        )
     loss = torch.empty(n)
     d_input = torch.empty_like(input) if needs[0] else input.new_empty(0)
     d_weight = torch.zeros(v, d) if needs[1] else torch.empty(0)

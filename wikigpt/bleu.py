@@ -1,4 +1,4 @@
-"""BLEU (Papineni et al. 2002) of the completions a model writes, counted by sacrebleu with its default settings."""
+"""BLEU (Papineni et al. 2002) of the completions a model writes, as sacrebleu counts it by default."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class BleuResult:
     exact_match: float  # share of hypotheses equal to their reference, 0 to 1
 
     def __str__(self) -> str:
-        text = f"BLEU {self.score:.2f} ({self.signature})\nexact match {self.exact_match:.1%} of {len(self.references):,}"
+        text = f"BLEU {self.score:.2f} ({self.signature})\n"
+        text += f"exact match {self.exact_match:.1%} of {len(self.references):,}"
         if all(len(reference.split()) < 4 for reference in self.references):
             text += "\nBLEU counts runs of four words, and no completion here has four: go by exact match"
         return text
@@ -41,9 +42,9 @@ def evaluate_bleu(
 ) -> BleuResult:
     """BLEU of greedily decoded completions against those of the pairs.
 
-    A completion ends at <eos>, at `max_new_tokens` (None: twice the longest reference) or where the context is full.
-    Hypotheses and references have their white space (line breaks of code too) reduced to single spaces, since a
-    segment is a line to sacrebleu; the score is the one of its command line on files of these lines.
+    A completion ends at <eos> or at `max_new_tokens` (None: twice the longest reference).
+    White space in hypotheses and references (line breaks of code too) is reduced to single spaces, since to
+    sacrebleu a segment is a line; the score is the one of its command line on files of these lines.
 
     Raises UserError for a prompt that leaves no room in the context, ValueError where there are no pairs.
     """
@@ -58,8 +59,8 @@ def evaluate_bleu(
     for pair, prompt in zip(pairs, prompts):
         if len(prompt) > context:
             raise UserError(
-                f"{pair.where}: the prompt's {len(prompt)} tokens do not fit into the model's context of {context}; "
-                "shorten it"
+                f"{pair.where}: the prompt's {len(prompt)} tokens do not fit into the model's context of "
+                f"{context}; shorten it"
             )
     if max_new_tokens is None:
         max_new_tokens = 2 * max(len(tokenizer.encode(pair.completion)) for pair in pairs) + 1
@@ -69,7 +70,9 @@ def evaluate_bleu(
     order = sorted(range(len(pairs)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        new = generate(model, [prompts[i] for i in rows], max_new_tokens, temperature=0.0, eos_id=tokenizer.eos_id)
+        new = generate(
+            model, [prompts[i] for i in rows], max_new_tokens, temperature=0.0, eos_id=tokenizer.eos_id
+        )
         for i, ids in zip(rows, new):
             end = ids.index(tokenizer.eos_id) if tokenizer.eos_id in ids else len(ids)
             hypotheses[i] = _line(tokenizer.decode(ids[:end]))
@@ -87,7 +90,10 @@ def _line(text: str) -> str:
 
 
 def write_hypotheses(result: BleuResult, path: str | Path) -> None:
-    """Write the hypotheses, one a line, as `sacrebleu references.txt -i PATH` reads them. Raises UserError on failure."""
+    """Write the hypotheses, one a line, as `sacrebleu references.txt -i PATH` reads them.
+
+    Raises UserError where the file cannot be written.
+    """
     text = "".join(f"{line}\n" for line in result.hypotheses)
     checkpoints.write_atomically(path, lambda file: file.write(text.encode()))
 

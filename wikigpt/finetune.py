@@ -1,4 +1,4 @@
-"""Fine-tuning on prompt/completion pairs (translation, question answering, code), or training on them from scratch.
+"""Training on prompt/completion pairs (translation, question answering, code), from a checkpoint or scratch.
 
 The loss counts completions only. The weights with the lowest validation loss are kept.
 """
@@ -18,9 +18,11 @@ from .data import Tokenizer, WordTokenizer, train_tokenizer
 from .errors import UserError
 from .model import GPT, GPTConfig
 from .pairs import IGNORE, Pair, encode_pairs, read_pairs
+from .train import pick_device
 
-MODEL = {"n_layer": 2, "n_embd": 128, "n_head": 4}  # from scratch: learns examples of this size in a minute on a CPU
+MODEL = {"n_layer": 2, "n_embd": 64, "n_head": 4}  # from scratch: small data sets, seconds on a CPU
 LR_SCRATCH, LR_CHECKPOINT = 2e-3, 1e-4
+EPOCHS, MIN_STEPS = 20, 500
 EVALUATIONS = 20  # validations (and lines of log) in a run
 
 
@@ -38,35 +40,45 @@ def finetune(
     batch_size: int = 32,
     lr: float | None = None,
     seed: int = 0,
-    device: str | torch.device | None = None,
+    device: str = "auto",
     valid_fraction: float = 0.1,
     log: Callable[[str], None] = print,
 ) -> Path:
     """Train on the pairs and write `out`/wiki-gpt.pth, whose path is returned.
 
-    `checkpoint` is where to start (a file, a run directory or a Hugging Face directory); None trains a small model
-    from scratch, with a tokenizer ("word", "bpe" or "byte"; None is "word") made from the pairs. `lr` None is 2e-3
-    from scratch and 1e-4 from a checkpoint; `epochs` and `steps` None is 20 epochs; `device` None is CUDA where there
-    is one. The same arguments on the same machine give the same weights.
+    `checkpoint` is where to start (a file, a run directory or a Hugging Face directory); None trains a small
+    model from scratch, with a tokenizer ("word", "bpe" or "byte"; None is "word") made from the pairs. `lr`
+    None is 2e-3 from scratch and 1e-4 from a checkpoint. Without `epochs` and `steps` it is 20 epochs, and at
+    least 500 steps. `log` gets lines of text. The same arguments on the same machine give the same weights.
 
-    Raises UserError for unusable pairs or settings, and for a loss that is no longer finite; the best weights until
-    then stay in the file.
+    Raises UserError for unusable pairs or settings, and for a loss that is no longer finite; the best weights
+    until then stay in the file.
     """
     _check(epochs=epochs, steps=steps, batch_size=batch_size, lr=lr, valid_fraction=valid_fraction)
     pairs = read_pairs(pairs_path)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
+    target = pick_device(device)
+    with torch.random.fork_rng(devices=[target] if target.type == "cuda" else []):
         torch.manual_seed(seed)
         if checkpoint is None:
             sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head}
-            model, tok = _scratch(pairs, tokenizer or "word", {k: v for k, v in sizes.items() if v is not None})
-            model.to(device)
+            model, tok = _scratch(
+                pairs, tokenizer or "word", {k: v for k, v in sizes.items() if v is not None}
+            )
+            model.to(target)
         else:
-            for name, value in (("tokenizer", tokenizer), ("n-layer", n_layer), ("n-embd", n_embd), ("n-head", n_head)):
+            for name, value in (
+                ("tokenizer", tokenizer),
+                ("n-layer", n_layer),
+                ("n-embd", n_embd),
+                ("n-head", n_head),
+            ):
                 if value is not None:
-                    raise UserError(f"--{name} is for training from scratch; leave it out, {checkpoint} has its own")
-            loaded = checkpoints.load_model(checkpoint, device)
+                    raise UserError(
+                        f"--{name} is for training from scratch; leave it out, {checkpoint} has its own"
+                    )
+            if Path(checkpoint).resolve() in (Path(out).resolve(), Path(out).resolve() / checkpoints.NAME):
+                raise UserError(f"{out} holds the checkpoint to start from; choose another --out to keep it")
+            loaded = checkpoints.load_model(checkpoint, target)
             if loaded.tokenizer is None:
                 raise UserError(f"{checkpoint} has no tokenizer; put the tokenizer's files beside the model")
             model, tok = loaded.model, loaded.tokenizer
@@ -80,7 +92,8 @@ def finetune(
         settings: dict[str, Any] = {
             "pairs": str(pairs_path),
             "checkpoint": None if checkpoint is None else str(checkpoint),
-            "steps": steps or (epochs or 20) * steps_per_epoch,
+            "steps": steps
+            or (epochs * steps_per_epoch if epochs else max(EPOCHS * steps_per_epoch, MIN_STEPS)),
             "batch_size": batch_size,
             "lr": lr or (LR_SCRATCH if checkpoint is None else LR_CHECKPOINT),
             "seed": seed,
@@ -88,7 +101,7 @@ def finetune(
         }
         log(
             f"{len(pairs):,} pairs: {n_train:,} to train, {n_valid:,} to validate; {tok.kind} vocabulary of "
-            f"{tok.vocab_size:,}; model of {model.num_parameters():,} parameters on {device}"
+            f"{tok.vocab_size:,}; model of {model.num_parameters():,} parameters on {target}"
         )
         path = checkpoints.writable_directory(out) / checkpoints.NAME
         _train(model, tok, data[0], data[1], settings, steps_per_epoch, generator, path, log)
@@ -144,7 +157,9 @@ def _train(
     steps, batch_size, peak = settings["steps"], settings["batch_size"], settings["lr"]
     matrices = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}])
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
+    )
     warmup = min(100, math.ceil(steps / 10))
     interval = math.ceil(steps / EVALUATIONS)
     device = model.head.weight.device
@@ -152,7 +167,9 @@ def _train(
 
     def not_finite(what: str, step: int) -> UserError:
         kept = f"{path} keeps the weights of step {best_step}" if best_step else "no checkpoint was written"
-        return UserError(f"the {what} loss is not finite at step {step}: {kept}; try a lower --lr than {peak}")
+        return UserError(
+            f"the {what} loss is not finite at step {step}: {kept}; try a lower --lr than {peak}"
+        )
 
     console = Console(stderr=True)
     batches = _batches(*train, batch_size, generator)

@@ -30,10 +30,10 @@ def sample(
 ) -> Tensor:
     """One token id (B) int64 for each row of logits (B, V); temperature 0 takes the most likely one.
 
-    Of softmax(logits / temperature), top_k keeps the k most likely tokens, then top_p the fewest that together
-    have this probability (Holtzman et al. 2020), then min_p those with at least this fraction of the likeliest
-    one's (Nguyen et al. 2024). Raises ValueError for values outside their range and for rows with NaN, with +inf
-    or with -inf alone.
+    Of softmax(logits / temperature), top_k keeps the k most likely tokens, then top_p the fewest that have
+    this probability together (Holtzman et al. 2020), then min_p those with at least this fraction of the
+    likeliest one's (Nguyen et al. 2024). Raises ValueError for values outside their range and for rows with
+    NaN, with +inf or with nothing but -inf.
     """
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature: got {temperature}, must be 0 (greedy) or a positive number")
@@ -91,9 +91,10 @@ def generate(
 ) -> list[list[int]]:
     """Up to max_new_tokens new token ids for each prompt; a row ends early with eos_id, which is included.
 
-    `prompt_ids` are rows of any lengths or a tensor (B, S); an empty row starts from eos_id. Sampling arguments
-    as in `sample`; the same seed gives the same tokens, None draws from torch's global generator. `stream(row,
-    token)` is called with each token as it comes. When the context is full, its older half is dropped.
+    `prompt_ids` are rows of any lengths or a tensor (B, S); an empty row starts from eos_id. Sampling is
+    as in `sample`; the same seed gives the same tokens, None draws from torch's global generator. The
+    function `stream(row, token)` sees each token as it comes. When the context is full, its older half is
+    dropped.
 
     Raises UserError for a prompt longer than the context and for a token outside the vocabulary, ValueError
     for arguments out of range and for an empty prompt without eos_id.
@@ -194,10 +195,10 @@ def complete(
 ) -> list[str]:
     """What the model writes after each prompt: the text to put right behind it, without a final <eos>.
 
-    With stop_at_eos False a text goes on after <eos> (for words: after the line) up to max_new_tokens. An empty
-    prompt starts from <eos>. `stream_text` is called with pieces that add up to the returned text; a piece is
-    held back as long as later tokens could change it. It takes a single prompt, ValueError otherwise. Further
-    arguments and errors as in `generate`.
+    With stop_at_eos False a text goes on after <eos> (for words: after the line) up to max_new_tokens. An
+    empty prompt starts from <eos>. `stream_text` is called with pieces that add up to the returned text; a
+    piece is held back as long as later tokens could change it. It takes a single prompt, ValueError
+    otherwise. Further arguments and errors as in `generate`.
     """
     if stream_text is not None and len(prompts) != 1:
         raise ValueError(f"stream_text: got {len(prompts)} prompts, can follow 1")

@@ -1,7 +1,7 @@
 """Hugging Face interchange: GPT-2 and Llama weights come in, and models go out in the same two layouts.
 
-`config.json` and the weights are read and written here, without transformers. A layout is one table (`_parts`)
-from the names in the file to rows of our parameters; loading and saving walk the same table.
+`config.json` and the weights are read and written here, without transformers. A layout is one table
+(`_parts`) from names in the file to rows of our parameters; loading and saving walk the same table.
 """
 
 from __future__ import annotations
@@ -332,12 +332,12 @@ def _listed(names: set[str]) -> str:
 
 
 def from_pretrained(source: str, **overrides: Any) -> GPT:
-    """A GPT in eval mode with the weights of a GPT-2 or Llama: a directory, or a name on the Hub ("gpt2").
+    """A GPT in eval mode with the weights of a GPT-2 or Llama: a directory or a name on the Hub ("gpt2").
 
-    `overrides` may have dtype, that of the parameters whatever the file holds (default torch.float32), and what goes
-    into the config: backend, dropout and, for rotary positions, context_length. Unless given, dropout is GPT-2's
-    resid_pdrop or Llama's attention_dropout. Where only some linear layers of a Llama have biases, the others get
-    biases of zero.
+    `overrides` may have dtype, that of the parameters whatever the file holds (default torch.float32), and
+    what goes into the config: backend, dropout and, for rotary positions, context_length. Unless given,
+    dropout is GPT-2's resid_pdrop or Llama's attention_dropout. Where only some linear layers of a Llama have
+    biases, the others get biases of zero.
 
     Raises UserError where the source cannot be read or has what a GPT cannot express, ValueError for other
     overrides.
@@ -402,7 +402,7 @@ def from_pretrained(source: str, **overrides: Any) -> GPT:
 def save_pretrained(model: GPT, directory: str | Path, tokenizer: Tokenizer | None = None) -> None:
     """Write a directory that transformers and vLLM load; with `tokenizer`, `AutoTokenizer` does so too.
 
-    The layout is GPT-2's for learned positions and Llama's for rotary ones; a GPT-2 without biases gets zeros.
+    The layout is GPT-2's for learned positions, Llama's for rotary ones; a GPT-2 without biases gets zeros.
     Weights keep their dtype. Raises UserError where the model fits neither or a file cannot be written.
     """
     eos_id = None if tokenizer is None else tokenizer.eos_id
@@ -443,7 +443,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 class HubTokenizer(Tokenizer):
-    """A tokenizer.json of the Hub; `encode` gives the ids of transformers without those around a text (<s>)."""
+    """A tokenizer.json of the Hub; `encode` gives the ids of transformers without those around a text."""
 
     kind = "hub"
 
@@ -476,7 +476,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer | None:
     """The tokenizer of a directory or a name on the Hub; None where there is none.
 
     Ours (wikigpt_tokenizer.json) comes back as it was saved; tokenizer.json, or GPT-2's vocab.json with
-    merges.txt, as a `HubTokenizer`. Raises UserError for a damaged one, or one whose end-of-text token nothing names.
+    merges.txt, as a `HubTokenizer`. Raises UserError for a damaged one, or one without an end of text.
     """
     directory = _directory(source, ["config.json", *_TOKENIZER_FILES])
     if (directory / OWN_TOKENIZER).is_file():
@@ -516,9 +516,7 @@ def _eos_id(directory: Path, model: Model) -> int:
     if eos_id is None:
         eos_id = model.token_to_id("<|endoftext|>")
     if eos_id is None:
-        raise UserError(
-            f"{directory}: nothing names the end-of-text token; set eos_token in tokenizer_config.json"
-        )
+        raise UserError(f"{directory} names no end-of-text token: set eos_token in its tokenizer_config.json")
     return eos_id
 
 
@@ -534,7 +532,8 @@ def _save_tokenizer(tokenizer: Tokenizer, directory: Path, context_length: int) 
         model = tokenizer._model
         settings["eos_token"] = model.id_to_token(tokenizer.eos_id)
     else:
-        model, settings["eos_token"] = _as_library_model(tokenizer)
+        model = _as_library_model(tokenizer)
+        settings["eos_token"] = EOS
         # No text encodes to a special token of ours, not even its name.
         settings["split_special_tokens"] = True
         if isinstance(tokenizer, WordTokenizer):
@@ -545,12 +544,11 @@ def _save_tokenizer(tokenizer: Tokenizer, directory: Path, context_length: int) 
     _write_json(directory / OWN_TOKENIZER, tokenizer.to_json())
 
 
-def _as_library_model(tokenizer: Tokenizer) -> tuple[Model, str]:
-    """The same tokenizer in terms of the library `tokenizers`, and the name of its end-of-text token."""
+def _as_library_model(tokenizer: Tokenizer) -> Model:
+    """One of our three tokenizers in terms of the library `tokenizers`."""
     from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Model
 
-    eos = EOS
     if isinstance(tokenizer, WordTokenizer):
         model = Model(models.WordLevel({word: i for i, word in enumerate(tokenizer.types)}, unk_token=UNK))
         model.normalizer = normalizers.Sequence(
@@ -581,19 +579,17 @@ def _as_library_model(tokenizer: Tokenizer) -> tuple[Model, str]:
                     pre_tokenizers.ByteLevel(add_prefix_space=False),
                 ]
             )
-            while eos in vocab:  # learnt from a text with the name in it
-                eos = f"<{eos}>"
         else:
             model = Model(models.BPE(_byte_characters(), []))
             model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         model.decoder = decoders.ByteLevel()
-    model.add_special_tokens([AddedToken(eos, special=True, normalized=False)])
-    assert model.token_to_id(eos) == tokenizer.eos_id
-    return model, eos
+    model.add_special_tokens([AddedToken(EOS, special=True, normalized=False)])
+    assert model.token_to_id(EOS) == tokenizer.eos_id
+    return model
 
 
 def _byte_characters() -> dict[str, int]:
-    """Visible character -> the byte that it stands for in byte-level BPE (Radford et al. 2019, encoder.py)."""
+    """Visible character -> the byte that it stands for in byte-level BPE (Radford et al. 2019)."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -44,8 +44,9 @@ class GPTConfig:
     def __post_init__(self) -> None:
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
-        for name in ("vocab_size", "context_length", "n_layer", "n_head", "n_kv_head", "n_embd"):
-            if getattr(self, name) < 1:
+        sizes = ("vocab_size", "context_length", "n_layer", "n_head", "n_kv_head", "n_embd")
+        for name in (*sizes, "head_dim", "intermediate_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, must be 1 or more")
         for name, allowed in (("position", POSITIONS), ("norm", NORMS), ("activation", ACTIVATIONS)):
             if getattr(self, name) not in allowed:

@@ -1,4 +1,4 @@
-"""Prompt/completion pairs for fine-tuning: reading the JSONL file and turning pairs into padded token batches.
+"""Prompt/completion pairs for fine-tuning: reading the JSONL file, turning pairs into padded batches.
 
 Shapes: N pairs, S tokens of the longest pair.
 """
@@ -41,7 +41,9 @@ def read_pairs(path: str | Path) -> list[Pair]:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; name a file with lines like {EXAMPLE}") from None
+        raise UserError(
+            f"cannot read {path}: {error.strerror}; name a file with lines like {EXAMPLE}"
+        ) from None
     lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")  # the mark that Windows editors put before UTF-8
     pairs = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not pairs:
@@ -74,7 +76,8 @@ def _parse(line: bytes, where: str) -> Pair:
 def _kind(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
-    return {dict: "an object", list: "a list", str: "a string"}.get(type(value), "a number")
+    names: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
+    return names.get(type(value), "a number")
 
 
 def encode_pairs(
@@ -85,12 +88,12 @@ def encode_pairs(
 ) -> tuple[Tensor, Tensor]:
     """Inputs and next-token targets, both (N, S) int64: prompt + completion + <eos>, padded at the right.
 
-    Targets are -100 (ignored) inside the prompt and on padding, so the loss counts the completion and its <eos>
-    alone. Prompt and completion are encoded apart, so that generation meets a prompt cut as in training. `log` is
-    told the share of words that the vocabulary lacks, if there are any.
+    Targets are -100 (ignored) inside the prompt and on padding, so that the loss counts the completion and
+    its <eos> alone. Prompt and completion are encoded apart, so that generation meets a prompt cut as in
+    training. `log` is told the share of words that the vocabulary lacks, if there are any.
 
-    Raises UserError for a pair that does not fit into context_length, and, with a word tokenizer, for a completion
-    of several lines (a line break is its <eos>).
+    Raises UserError for a pair that does not fit into context_length, and, with a word tokenizer, for a
+    completion of several lines (a line break is its <eos>).
     """
     if not pairs:
         raise ValueError("pairs: got none, must be 1 or more")
@@ -105,15 +108,15 @@ def encode_pairs(
         p, c = (tokenizer.encode(text).tolist() for text in (pair.prompt, completion))
         if len(p) + len(c) > context_length:
             raise UserError(
-                f"{pair.where}: {len(p)} prompt and {len(c)} completion tokens are {len(p) + len(c)}, the model's "
-                f"context is {context_length}; shorten the pair or use a model with a longer context"
+                f"{pair.where}: {len(p)} prompt and {len(c)} completion tokens are {len(p) + len(c)}, the "
+                f"model's context is {context_length}; shorten the pair or use a model with a longer context"
             )
         rows.append((p, c))
         unk_id = getattr(tokenizer, "unk_id", None)
         unknown += sum(i == unk_id for i in p + c)
         total += len(p) + len(c)
     if unknown and log is not None:
-        log(f"{unknown:,} of {total:,} words ({unknown / total:.1%}) are not in the vocabulary and become <unk>")
+        log(f"{unknown:,} of {total:,} words ({unknown / total:.1%}) are unknown to the vocabulary: <unk>")
 
     length = max(len(p) + len(c) for p, c in rows)
     ids = torch.full((len(rows), length), tokenizer.eos_id)

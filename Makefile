@@ -1,0 +1,53 @@
+# Every target creates .venv and installs what it needs first; later calls start at once.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Arguments for the commands, for example: make train ARGS="--preset cpu-small"
+ARGS ?=
+# Tests run one process a core, each on one thread.
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: help setup train test bench gpu-check lint format clean
+
+help:
+	@echo "make train      train a small GPT (about two minutes on a CPU), evaluate it, continue a text"
+	@echo "make test       run the tests"
+	@echo "make bench      run the benchmarks (bench/)"
+	@echo "make gpu-check  on a machine with a GPU: correctness, benchmarks, training; writes bench/results/"
+	@echo "make lint       ruff and mypy"
+
+setup: $(READY)
+
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	@echo "== creating $(VENV) and installing (once; a few minutes) =="
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "== 1/2 torch and build tools =="
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch setuptools wheel ninja pybind11 numpy
+	@echo "== 2/2 wikigpt, its extension and the development tools =="
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]"
+	@touch $(READY)
+
+train: $(READY)
+	$(BIN)/wikigpt train --preset quick $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+bench: $(READY)
+	$(BIN)/python -m pytest bench $(ARGS)
+
+gpu-check: $(READY)
+	$(BIN)/python -m bench.gpu_check $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy wikigpt kernels bench
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info wikigpt/_C*.so
