@@ -49,8 +49,8 @@ def windows(n: int, context_length: int, stride: int) -> Iterator[tuple[int, int
     """(begin, end, first counted position) of each window over n inputs; every position is counted exactly once."""
     counted = 0
     while counted < n:
-        end = min(counted + (context_length if counted == 0 else stride), n)
-        yield max(0, end - context_length), end, counted
+        end = counted + (context_length if counted == 0 else stride)
+        yield end - context_length, min(end, n), counted
         counted = end
 
 

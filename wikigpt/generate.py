@@ -104,7 +104,11 @@ def generate(
     rows = prompt_ids.tolist() if isinstance(prompt_ids, Tensor) else [list(row) for row in prompt_ids]
     groups: dict[int, list[int]] = {}  # prompts of one length run as one batch, which needs no padding
     for i, row in enumerate(rows):
-        rows[i] = row = _checked(row, model, eos_id)
+        if not row:
+            if eos_id is None:
+                raise ValueError("prompt_ids: a prompt is empty, which needs an eos_id to start from")
+            rows[i] = row = [eos_id]
+        check_tokens(model, row)
         groups.setdefault(len(row), []).append(i)
     generator = None if seed is None else torch.Generator(model.head.weight.device).manual_seed(seed)
     new: list[list[int]] = [[] for _ in rows]
@@ -134,25 +138,20 @@ def generate(
     return new
 
 
-def _checked(row: list[int], model: GPT, eos_id: int | None) -> list[int]:
-    """The prompt to start from. Errors as in `generate`."""
+def check_tokens(model: GPT, ids: Sequence[int]) -> None:
+    """Raises UserError for more ids than the model's context holds and for ids outside its vocabulary."""
     config = model.config
-    if not row:
-        if eos_id is None:
-            raise ValueError("prompt_ids: a prompt is empty, which needs an eos_id to start from")
-        row = [eos_id]
-    if len(row) > config.context_length:
+    if len(ids) > config.context_length:
         raise UserError(
-            f"the prompt has {len(row):,} tokens, the model's context holds {config.context_length:,}: "
-            "shorten the prompt"
+            f"the text has {len(ids):,} tokens, the model's context holds {config.context_length:,}: "
+            "shorten the text"
         )
-    for token in row:
+    for token in ids:
         if not 0 <= token < config.vocab_size:
             raise UserError(
                 f"token id {token} is outside the model's vocabulary of {config.vocab_size:,}: "
                 "use the tokenizer that the model was trained with"
             )
-    return row
 
 
 def _continuations(
@@ -263,4 +262,4 @@ def _continuation(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> tu
     return text[start:], settled - start
 
 
-__all__ = ["complete", "generate", "sample"]
+__all__ = ["check_tokens", "complete", "generate", "sample"]

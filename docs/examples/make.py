@@ -62,7 +62,10 @@ FUNCTIONS = {
     "mean": "({a} + {b}) / 2",
     "distance": "abs({a} - {b})",
 }
-NAMES = "a b, x y, m n, p q, u v, s t, left right, first second, old new, one other, low high, begin end"
+NAMES = (
+    "a b, x y, m n, p q, u v, s t, i j, c d, f g, k l, r w, h z, left right, first second, old new, "
+    "one other, low high, begin end, top bottom, width height, price tax, before after, head tail, min max"
+)
 
 
 def digits(rng: random.Random) -> tuple[list[Row], list[Row]]:

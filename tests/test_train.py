@@ -1,0 +1,307 @@
+"""Training: exact resume, signals, divergence, accumulation, several processes. Real processes where it matters."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from wikigpt import checkpoint
+from wikigpt.config import resolve
+from wikigpt.data import prepare
+from wikigpt.errors import UserError
+from wikigpt.train import Batches, Processes, Trainer, lr_factor, read_log
+
+TINY = [
+    "n_layer=2", "n_head=2", "n_embd=32", "context_length=32", "batch_size=4", "steps=12", "warmup_steps=3",
+    "eval_interval=6", "save_interval=4", "log_interval=1", "eval_tokens=512", "tensorboard=false", "device=cpu",
+]  # fmt: skip
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A folder with three small splits of a made-up language with some structure."""
+    folder = tmp_path_factory.mktemp("text")
+    generator = torch.Generator().manual_seed(0)
+    words = [f"w{i}" for i in range(50)]
+    for split, lines in (("train", 400), ("valid", 60), ("test", 60)):
+        rows = []
+        for _ in range(lines):
+            start = int(torch.randint(50, (1,), generator=generator))
+            rows.append(" ".join(words[(start + 3 * i) % 50] for i in range(12)))
+        (folder / f"{split}.txt").write_text("\n".join(rows) + "\n")
+    os.environ["WIKIGPT_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    return folder
+
+
+def make_trainer(text, out, *changes, resume=False):
+    config = resolve(None, None, [*TINY, f"dataset={text}", *changes])
+    dataset = prepare(config.data.dataset, config.data.tokenizer, config.data.vocab_size)
+    lines = []
+    trainer = Trainer(config, dataset, Path(out), Processes(0, 1, torch.device("cpu")), resume, lines.append)
+    return trainer
+
+
+def command(text, out, *arguments):
+    options = [a for a in arguments if a.startswith("--")]
+    changes = [*TINY, f"dataset={text}", *(a for a in arguments if not a.startswith("--"))]
+    return [sys.executable, "-m", "wikigpt", "--threads", "1", "train", "--out", str(out), *options, *changes]
+
+
+def losses(directory):
+    return {line["step"]: line["loss"] for line in read_log(Path(directory)) if "loss" in line}
+
+
+def weights(path):
+    return checkpoint.load(path)["model"]
+
+
+# --- a run ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_writes_all_that_it_promises(text, tmp_path):
+    trainer = make_trainer(text, tmp_path / "run", "steps=60", "lr=1e-2", "tensorboard=true")
+    result = trainer.run()
+    assert result.test.per_token < 15  # 50 words; the text is predictable after the first word of a line
+    assert result.valid.tokens == len(trainer.dataset.tokens["valid"])
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert names == {"config.yaml", "log.jsonl", "loss.png", "tensorboard", "last.pth", "wiki-gpt.pth"}
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert set(losses(tmp_path / "run")) == set(range(1, 61))
+    assert resolve(file=tmp_path / "run" / "config.yaml").train.lr == 1e-2
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_another_model(text, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        make_trainer(text, tmp_path / name, "steps=3", f"seed={seed}", "dropout=0.1").run()
+    a, b, c = (weights(tmp_path / name / "last.pth") for name in "abc")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not torch.equal(a["wte.weight"], c["wte.weight"])
+
+
+def test_wiki_gpt_holds_the_weights_with_the_best_validation_loss(text, tmp_path):
+    trainer = make_trainer(text, tmp_path, "steps=18", "lr=1e-2")
+    trainer.run()
+    best = min(line["valid_loss"] for line in read_log(tmp_path) if "valid_loss" in line)
+    assert trainer.best == pytest.approx(best)
+    trainer.best = -1.0  # nothing can be better now
+    before = (tmp_path / "wiki-gpt.pth").read_bytes()
+    trainer._validate(None)
+    assert (tmp_path / "wiki-gpt.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("change", ["optimizer=muon", "ema_decay=0.9", "precision=bf16", "schedule=wsd", "position=alibi"])
+def test_every_way_to_train_lowers_the_loss(text, tmp_path, change):
+    make_trainer(text, tmp_path, "steps=25", "lr=1e-2", change).run()
+    values = losses(tmp_path)
+    assert values[25] < values[1] - 0.3
+
+
+def test_the_moving_average_is_what_its_formula_says(text, tmp_path):
+    trainer = make_trainer(text, tmp_path, "ema_decay=0.8")
+    expected = trainer.model.wte.weight.detach().double().clone()
+    for _ in range(3):
+        trainer.train_step()
+        expected = 0.8 * expected + 0.2 * trainer.model.wte.weight.detach().double()
+    torch.testing.assert_close(trainer.ema.wte.weight.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+# --- batches --------------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_visits_every_block_once_and_the_next_one_in_another_order():
+    batches = Batches(torch.arange(1000), length=10, seed=3)
+    epochs = [batches.get(e * batches.blocks, batches.blocks)[0] for e in range(2)]
+    for x in epochs:
+        offset = int(x.min())
+        assert sorted(x[:, 0].tolist()) == list(range(offset, offset + 10 * batches.blocks, 10))
+    assert not torch.equal(epochs[0], epochs[1])
+
+
+def test_targets_are_the_next_tokens():
+    x, y = Batches(torch.arange(1000), length=10, seed=3).get(5, 7)
+    assert torch.equal(y, x + 1)
+
+
+def test_a_text_shorter_than_two_contexts_is_refused():
+    with pytest.raises(UserError, match="the train split has 15 tokens, fewer than two contexts of 10"):
+        Batches(torch.arange(15), length=10, seed=0)
+
+
+# --- schedule -------------------------------------------------------------------------------------------------------
+
+
+def test_the_schedules_by_hand():
+    cosine = resolve(None, None, ["warmup_steps=9", "min_lr_fraction=0.1"]).train
+    assert lr_factor(cosine, 0, 0.0) == pytest.approx(0.1)
+    assert lr_factor(cosine, 9, 0.0) == pytest.approx(1.0)
+    assert lr_factor(cosine, 50, 0.5) == pytest.approx(0.55)
+    assert lr_factor(cosine, 99, 1.0) == pytest.approx(0.1)
+    wsd = resolve(None, None, ["warmup_steps=0", "schedule=wsd", "decay_fraction=0.2", "min_lr_fraction=0"]).train
+    assert lr_factor(wsd, 5, 0.79) == pytest.approx(1.0)
+    assert lr_factor(wsd, 5, 0.9) == pytest.approx(0.5)
+    assert lr_factor(wsd, 5, 1.0) == pytest.approx(0.0)
+
+
+# --- accumulation ---------------------------------------------------------------------------------------------------
+
+
+def test_gradient_accumulation_equals_the_big_batch(text, tmp_path):
+    big = make_trainer(text, tmp_path / "big", "batch_size=8")
+    small = make_trainer(text, tmp_path / "small", "batch_size=2", "accumulate=4")
+    for _ in range(4):
+        torch.testing.assert_close(big.train_step(), small.train_step(), rtol=1e-5, atol=1e-5)
+    for a, b in zip(big.model.parameters(), small.model.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+# --- interruption ---------------------------------------------------------------------------------------------------
+
+
+def wait_for(condition, process, seconds=90):
+    limit = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, f"the process ended early:\n{process.stdout.read()}"
+        assert time.time() < limit, "timed out"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["dropout=0.1"], ["optimizer=muon", "ema_decay=0.9", "accumulate=2"]])
+def test_a_run_killed_with_sigkill_and_resumed_gives_the_same_bits(text, tmp_path, options):
+    whole = ["steps=40", "save_interval=7", *options]
+    subprocess.run(command(text, tmp_path / "whole", *whole), check=True, capture_output=True, env=ONE_THREAD)
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        command(text, killed, *whole), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ONE_THREAD
+    )
+    # In the middle: a checkpoint is there and steps beyond it have been done.
+    wait_for(lambda: (killed / "last.pth").exists() and max(losses(killed), default=0) >= 9, process)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    stopped_at = checkpoint.load(killed / "last.pth")["step"]
+    assert 7 <= stopped_at < 40
+    done = subprocess.run(
+        [sys.executable, "-m", "wikigpt", "--threads", "1", "train", "--out", str(killed), "--resume"],
+        capture_output=True, text=True, env=ONE_THREAD,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    a, b = checkpoint.load(tmp_path / "whole" / "last.pth"), checkpoint.load(killed / "last.pth")
+    assert a["step"] == b["step"] == 40
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    assert losses(tmp_path / "whole") == losses(killed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits_cleanly_and_the_run_goes_on_later(text, tmp_path, number):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        command(text, out, "steps=100000", "eval_interval=100000", "save_interval=100000"),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ONE_THREAD,
+    )  # fmt: skip
+    wait_for(lambda: max(losses(out), default=0) >= 5, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert f"interrupted by {number.name}" in output
+    assert "Traceback" not in output
+    step = checkpoint.load(out / "last.pth")["step"]
+    assert step >= 5
+    assert checkpoint.load_model(out).tokenizer is not None  # usable as it is
+    again = [sys.executable, "-m", "wikigpt", "train", "--resume", "--out", str(out), f"steps={step + 2}"]
+    done = subprocess.run(again, capture_output=True, text=True, env=ONE_THREAD)
+    assert f"resumed at step {step}" in done.stdout, done.stderr
+    assert checkpoint.load(out / "last.pth")["step"] == step + 2
+
+
+def test_divergence_stops_with_a_message_and_keeps_the_last_good_checkpoint(text, tmp_path):
+    trainer = make_trainer(text, tmp_path, "steps=50", "save_interval=2")
+    steps = iter(range(100))
+    real = trainer.forward
+
+    def breaks_at_step_5(x, y):
+        return real(x, y) * (float("nan") if next(steps) == 5 else 1.0)
+
+    trainer.forward = breaks_at_step_5
+    with pytest.raises(UserError, match=r"training diverged: the loss is nan at step 5; the last good checkpoint is"):
+        trainer.run()
+    saved = checkpoint.load(tmp_path / "last.pth")
+    assert saved["step"] == 4
+    assert all(v.isfinite().all() for v in saved["model"].values())
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_resuming_with_other_data_is_refused(text, tmp_path):
+    make_trainer(text, tmp_path / "run", "steps=2").run()
+    other = tmp_path / "other.txt"
+    other.write_text("completely different words here\n" * 300)
+    with pytest.raises(UserError, match="was trained on other data or with another vocabulary"):
+        make_trainer(other, tmp_path / "run", "steps=4", resume=True)
+
+
+def test_resuming_an_empty_directory_is_refused(text, tmp_path):
+    with pytest.raises(UserError, match=r"nothing to resume in .*: no last.pth"):
+        make_trainer(text, tmp_path, resume=True)
+
+
+def test_a_device_that_is_not_there_is_refused():
+    from wikigpt.train import pick_device
+
+    with pytest.raises(UserError, match="unknown device 'gpu'"):
+        pick_device("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no CUDA device on this machine"):
+            pick_device("cuda")
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+
+def torchrun(text, out, *changes, processes=2):
+    """A run under torchrun; returns its losses by step."""
+    arguments = command(text, out, *changes)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run([*start, *arguments[1:]], capture_output=True, text=True, env=ONE_THREAD, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return losses(out)
+
+
+@pytest.mark.slow
+def test_ddp_on_two_processes_follows_one_process_with_the_double_batch(text, tmp_path):
+    two = torchrun(text, tmp_path / "two", "batch_size=4")
+    subprocess.run(command(text, tmp_path / "one", "batch_size=8"), check=True, capture_output=True, env=ONE_THREAD)
+    one = losses(tmp_path / "one")
+    assert set(one) == set(two) == set(range(1, 13))
+    for step in one:
+        assert two[step] == pytest.approx(one[step], rel=2e-4), f"step {step}"
+
+
+@pytest.mark.slow
+def test_fsdp_on_two_processes_follows_ddp_and_resumes(text, tmp_path):
+    ddp = torchrun(text, tmp_path / "ddp")
+    fsdp = torchrun(text, tmp_path / "fsdp", "parallel=fsdp")
+    for step in fsdp:
+        assert fsdp[step] == pytest.approx(ddp[step], rel=2e-4), f"step {step}"
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*start, "-m", "wikigpt", "train", "--resume", "--out", str(tmp_path / "fsdp"), "steps=14"],
+        capture_output=True, text=True, env=ONE_THREAD, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert max(losses(tmp_path / "fsdp")) == 14
+    assert checkpoint.load_model(tmp_path / "fsdp").model.num_parameters() > 0
+
+
+def test_the_log_is_one_json_object_a_line(text, tmp_path):
+    make_trainer(text, tmp_path, "steps=2").run()
+    for line in (tmp_path / "log.jsonl").read_text().splitlines():
+        assert {"step"} < set(json.loads(line))
