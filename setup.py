@@ -48,7 +48,7 @@ def extension() -> dict:
     module = CppExtension(
         "wikigpt._C",
         ["csrc/module.cpp", "csrc/linear_cross_entropy.cpp"],
-        extra_compile_args=flags + [f'-DWIKIGPT_TORCH_VERSION="{torch.__version__}"'],
+        extra_compile_args=[*flags, f'-DWIKIGPT_TORCH_VERSION="{torch.__version__}"'],
         extra_link_args=link,
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildOrSkip}}

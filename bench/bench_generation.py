@@ -54,9 +54,7 @@ def test_generation(benchmark, models, batch_size, implementation):
 
     def run_theirs():
         mask = torch.ones_like(prompts)
-        out = theirs.generate(
-            prompts, attention_mask=mask, max_new_tokens=NEW, use_cache=True, do_sample=False
-        )
+        out = theirs.generate(prompts, attention_mask=mask, max_new_tokens=NEW, use_cache=True, do_sample=False)
         return out[:, PROMPT:].tolist()
 
     assert run_ours() == run_theirs()

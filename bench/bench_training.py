@@ -20,9 +20,23 @@ import pytest
 from .conftest import ROOT, ReplayClock, Summary
 from .training_worker import IMPLEMENTATIONS
 
-_W128 = {"vocab_size": 33278, "context_length": 256, "n_layer": 4, "n_head": 4, "n_embd": 128, "batch_size": 8}
+_W128 = {
+    "vocab_size": 33278,
+    "context_length": 256,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_embd": 128,
+    "batch_size": 8,
+}
 _W192 = {**_W128, "n_embd": 192}
-_W512 = {"vocab_size": 33278, "context_length": 128, "n_layer": 6, "n_head": 8, "n_embd": 512, "batch_size": 8}
+_W512 = {
+    "vocab_size": 33278,
+    "context_length": 128,
+    "n_layer": 6,
+    "n_head": 8,
+    "n_embd": 512,
+    "batch_size": 8,
+}
 _SMOKE = {"vocab_size": 2000, "context_length": 64, "n_layer": 2, "n_head": 2, "n_embd": 32, "batch_size": 4}
 
 SIZES = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +79,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _environment() -> Iterator[None]:
+def _environment() -> None:
     import torch
 
     threads = torch.get_num_threads()
     print(f"\ntorch {torch.__version__}, {threads} CPU threads, CUDA {torch.cuda.is_available()}")
-    yield

@@ -68,7 +68,12 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
     }
     if args.device == "cuda":
         p = torch.cuda.get_device_properties(0)
-        facts["gpu"] = {"name": p.name, "memory": p.total_memory, "sm": f"{p.major}{p.minor}", "count": p.multi_processor_count}
+        facts["gpu"] = {
+            "name": p.name,
+            "memory": p.total_memory,
+            "sm": f"{p.major}{p.minor}",
+            "count": p.multi_processor_count,
+        }
         facts["nvidia_smi"] = run("nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv")
     facts["doctor"] = run(sys.executable, "-m", "wikigpt", "doctor")
     return facts
@@ -76,13 +81,20 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
 
 def tests(args: argparse.Namespace) -> dict[str, Any]:
     """The tests marked `gpu` (on a CPU: the model's and the ops' own, to prove that this part works)."""
-    selection = ["-m", "gpu", "tests"] if args.device == "cuda" else ["tests/test_linear_cross_entropy.py", "tests/test_dispatch.py"]
+    selection = (
+        ["-m", "gpu", "tests"] if args.device == "cuda" else ["tests/test_linear_cross_entropy.py", "tests/test_dispatch.py"]
+    )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selection]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     tail = (done.stdout + done.stderr).strip().splitlines()[-30:]
     print("\n".join(tail))
     # 5: no test is marked gpu.
-    return {"exit_code": done.returncode, "passed": done.returncode in (0, 5), "summary": tail[-1] if tail else "", "tail": tail}
+    return {
+        "exit_code": done.returncode,
+        "passed": done.returncode in (0, 5),
+        "summary": tail[-1] if tail else "",
+        "tail": tail,
+    }
 
 
 def train(args: argparse.Namespace, backend: str, compiled: bool) -> dict[str, Any]:
@@ -95,11 +107,19 @@ def train(args: argparse.Namespace, backend: str, compiled: bool) -> dict[str, A
 
     seconds = 60.0 if args.sizes == "default" else 4.0
     changes = [f"max_seconds={seconds}", f"backend={backend}", f"compile={compiled}", f"device={args.device}",
-               "steps=1000000", "eval_interval=1000000", "save_interval=1000000", "tensorboard=false", "dataset=auto"]  # fmt: skip
+               "steps=1000000", "eval_interval=1000000", "save_interval=1000000", "tensorboard=false",
+               "dataset=auto"]  # fmt: skip
     preset = "wikitext-2"
     if args.sizes == "smoke":
         preset = "quick"
-        changes += ["n_layer=2", "n_embd=32", "n_head=2", "context_length=64", "vocab_size=512", "log_interval=5"]
+        changes += [
+            "n_layer=2",
+            "n_embd=32",
+            "n_head=2",
+            "context_length=64",
+            "vocab_size=512",
+            "log_interval=5",
+        ]
     config = resolve(preset, overrides=changes)
     dataset = prepare(config.data.dataset, config.data.tokenizer, config.data.vocab_size)
     if args.sizes == "smoke":
@@ -171,7 +191,10 @@ def main() -> int:
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("error: no CUDA device here; --device cpu --sizes smoke proves the script without one", file=sys.stderr)
+        print(
+            "error: no CUDA device here; --device cpu --sizes smoke proves the script without one",
+            file=sys.stderr,
+        )
         return 2
     args.out = str(Path(args.out or ROOT / "bench" / "results" / machine_name(args.device)).resolve())
     Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -190,14 +213,27 @@ def main() -> int:
             print(f"== {name}: done before ({path})", flush=True)
             continue
         print(f"== {name} (at most {limit} s)", flush=True)
-        command = [sys.executable, "-m", "bench.gpu_check", "--only", name, "--device", args.device, "--sizes", args.sizes]
+        command = [
+            sys.executable,
+            "-m",
+            "bench.gpu_check",
+            "--only",
+            name,
+            "--device",
+            args.device,
+            "--sizes",
+            args.sizes,
+        ]
         begin = time.perf_counter()
         try:
             code: int | str = subprocess.run([*command, "--out", args.out], cwd=ROOT, timeout=limit).returncode
         except subprocess.TimeoutExpired:
             code = f"stopped after {limit} s"
         passed = code == 0 and json.loads(path.read_text()).get("passed", True)
-        print(f"== {name}: {'ok' if passed else f'FAILED ({code})'} in {time.perf_counter() - begin:.0f} s", flush=True)
+        print(
+            f"== {name}: {'ok' if passed else f'FAILED ({code})'} in {time.perf_counter() - begin:.0f} s",
+            flush=True,
+        )
         if not passed:
             failed.append(name)
     print(f"results in {args.out}" + (f"; FAILED: {', '.join(failed)}" if failed else "; all parts passed"))

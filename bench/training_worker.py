@@ -22,6 +22,7 @@ def build(name: str, size: dict[str, int], precision: str, device: str) -> tuple
     """(model, loss function of (idx, targets), optimiser), all with the same weights where the architecture is the same."""
     v, t, layers, heads, width = (size[k] for k in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd"))
     from bench.baselines.plain_gpt import PlainGPT
+    from bench.baselines.seed_transformer import SeedTransformer
 
     torch.manual_seed(0)
     plain = PlainGPT(v, t, layers, heads, width)
@@ -51,13 +52,12 @@ def build(name: str, size: dict[str, int], precision: str, device: str) -> tuple
             labels = torch.cat((idx[:, :1], targets[:, :-1]), dim=1)
             return model(idx, labels=labels, use_cache=False).loss
     elif name == "seed":
-        from bench.baselines.seed_transformer import SeedTransformer
-
         model = SeedTransformer(v, width, heads, layers, dim_feedforward=4 * width)
         loss = model.loss  # type: ignore[assignment]
     model.to(device).train()
-    optimizer = model.make_optimizer() if hasattr(model, "make_optimizer") else None
-    if optimizer is None:
+    if isinstance(model, PlainGPT | SeedTransformer):
+        optimizer = model.make_optimizer()
+    else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     return model, loss, optimizer
 
@@ -106,9 +106,7 @@ def main() -> None:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
         peak = (
-            torch.cuda.max_memory_allocated()
-            if device == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         )
         print(json.dumps({"seconds": seconds, "peak_bytes": peak}), flush=True)
 

@@ -1,8 +1,8 @@
 // Linear layer + cross-entropy on the CPU, with its gradients, without the (tokens x vocabulary) matrix of logits.
 //
 // Tokens go in chunks whose logits fit 32 MiB. Each thread owns a range of vocabulary tiles. Pass 1 makes the logits of a
-// tile and keeps a running maximum and sum of exponentials per token (online softmax); when every tile is done the
-// log-sum-exp is known, and pass 2 turns each tile into d loss / d logits in place and multiplies it, still in cache, into
+// tile, stores their exponentials and keeps a running maximum and sum of them per token (online softmax); when every tile
+// is done the log-sum-exp is known, and pass 2 scales each tile to d loss / d logits and multiplies it, still in cache, into
 // dW (owned by the thread) and dH (a partial sum per thread, added in thread order: the result repeats bit for bit for a
 // given number of threads). 2 reads of W and 3 matrix products in all, the least there is without keeping the logits.
 #include <ATen/Parallel.h>
@@ -61,7 +61,7 @@ struct Kernels {
   int64_t lanes;
   void (*pack)(const Problem&, const Chunk&);
   void (*forward_tile)(const Problem&, const Chunk&, const Tile&, float*, float*, Running&);
-  void (*backward_tile)(const Problem&, const Chunk&, const Tile&, float*, const float*, float*, bool);
+  void (*backward_tile)(const Problem&, const Chunk&, const Tile&, const float*, const float*, float*, float*, bool);
 };
 
 namespace generic {
@@ -163,6 +163,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cr
   float* dh = wants_dh ? scratch(threads * rows * d) : nullptr;
   float* running = scratch(threads * 3 * rows);
   float* tile_max = scratch(tiles * rows);
+  float* gradient = gradients ? scratch(threads * rows * kTileRows) : nullptr;
   Chunk c{};
   c.h_by_token = scratch(rows * d);
   c.h_by_feature = scratch(rows * d_panels);
@@ -223,7 +224,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cr
     if (wants_dh) std::fill_n(dh, threads * rows * d, 0.0f);
     for_each_tile([&](int64_t thread, const Tile& t, float* l) {
       k.backward_tile(
-          p, c, t, l, tile_max + t.begin / kTileRows * rows, wants_dh ? dh + thread * rows * d : nullptr, c.begin == 0);
+          p, c, t, l, tile_max + t.begin / kTileRows * rows, gradient + thread * rows * kTileRows,
+          wants_dh ? dh + thread * rows * d : nullptr, c.begin == 0);
     });
     if (!wants_dh) continue;
     at::parallel_for(0, c.count, 16, [&](int64_t first, int64_t last) {

@@ -154,41 +154,49 @@ static void forward_tile(const Problem& p, const Chunk& c, const Tile& t, float*
   }
 }
 
-// Second pass over one tile: the exponentials become d loss / d logits in place, then feed dW, db and this thread's dH^T.
+// Second pass over one tile: the exponentials become d loss / d logits in `gradient`, a buffer of the thread that stays in
+// its cache (writing back in place would double the traffic to memory), which feeds dW, db and this thread's dH^T.
 static void backward_tile(
-    const Problem& p, const Chunk& c, const Tile& t, float* logits, const float* tile_max, float* dh, bool first) {
+    const Problem& p, const Chunk& c, const Tile& t, const float* tile_exp, const float* tile_max, float* gradient,
+    float* dh, bool first) {
   const int64_t panels = c.rows / NR;
-  if (p.d_bias != nullptr && first)
-    for (int64_t i = 0; i < t.rows; ++i) p.d_bias[t.begin + i] = 0.0f;
-  for (int64_t panel = 0; panel < panels; ++panel)
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const int64_t lane = panel * NR;
+    vf scale[2], shift[2];
     for (int half = 0; half < 2; ++half) {
-      const int64_t lane = panel * NR + half * VL;
-      float* x = logits + panel * t.rows * NR + half * VL;
-      const vf scale = exp_(load(tile_max + lane) - load(c.lse + lane)) * load(c.softmax_scale + lane);
-      const vf shift = load(c.shift + lane);
-      for (int64_t i = 0; i < t.rows; ++i) store(x + i * NR, load(x + i * NR) * scale - shift);
+      const int64_t l = lane + half * VL;
+      scale[half] = exp_(load(tile_max + l) - load(c.lse + l)) * load(c.softmax_scale + l);
+      shift[half] = load(c.shift + l);
     }
+    const int64_t offset = panel * t.rows * NR;
+    for (int64_t i = 0; i < t.rows * NR; i += NR)
+      for (int half = 0; half < 2; ++half) {
+        const int64_t at = offset + i + half * VL;
+        store(gradient + at, load(tile_exp + at) * scale[half] - shift[half]);
+      }
+  }
   for (int64_t r = 0; r < c.count; ++r) {
     const int64_t y = p.target[c.begin + r] - t.begin;
-    if (y >= 0 && y < t.rows) logits[((r / NR) * t.rows + y) * NR + r % NR] -= c.target_scale[r];
+    if (y >= 0 && y < t.rows) gradient[((r / NR) * t.rows + y) * NR + r % NR] -= c.target_scale[r];
   }
   if (p.d_bias != nullptr)
-    for (int64_t panel = 0; panel < panels; ++panel)
-      for (int64_t i = 0; i < t.rows; ++i) {
-        const float* x = logits + (panel * t.rows + i) * NR;
-        float sum = 0.0f;
-        for (int j = 0; j < NR; ++j) sum += x[j];
-        p.d_bias[t.begin + i] += sum;
-      }
+    for (int64_t i = 0; i < t.rows; ++i) {
+      vf sum = vf{};
+      for (int64_t panel = 0; panel < panels; ++panel)
+        for (int half = 0; half < 2; ++half) sum += load(gradient + (panel * t.rows + i) * NR + half * VL);
+      float total = first ? 0.0f : p.d_bias[t.begin + i];
+      for (int j = 0; j < VL; ++j) total += sum[j];
+      p.d_bias[t.begin + i] = total;
+    }
   if (p.d_weight != nullptr)
     for (int64_t d = 0; d < p.d; d += NR)
       multiply(
-          t.rows, p.d - d < NR ? p.d - d : NR, panels, NR, logits, NR, 1, t.rows * NR,
+          t.rows, p.d - d < NR ? p.d - d : NR, panels, NR, gradient, NR, 1, t.rows * NR,
           c.h_by_feature + (d / NR) * c.rows * NR, p.d_weight + t.begin * p.d + d, p.d, !first);
   if (dh != nullptr)
     for (int64_t panel = 0; panel < panels; ++panel)
       multiply(
-          p.d, NR, 1, t.rows, p.weight + t.begin * p.d, 1, p.d, 0, logits + panel * t.rows * NR, dh + panel * p.d * NR,
+          p.d, NR, 1, t.rows, p.weight + t.begin * p.d, 1, p.d, 0, gradient + panel * t.rows * NR, dh + panel * p.d * NR,
           NR, true);
 }
 

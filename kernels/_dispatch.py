@@ -1,14 +1,15 @@
 """Which implementation of an op runs: one small table for all ops.
 
 Every op registers its implementations here in order of preference; `choose` takes the first that this machine and these
-inputs allow. `backend("reference")` (context manager) or the environment variable WIKIGPT_BACKEND (read at import) force one, and forcing
-what is not available raises with the reason.
+inputs allow. `backend("reference")` (context manager) or the environment variable WIKIGPT_BACKEND (read at import) force one, and
+forcing what is not available raises with the reason.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -109,9 +110,10 @@ def only_on(*device_types: str) -> Callable[[str], str | None]:
 def extension() -> tuple[Any, str | None]:
     """(the module wikigpt._C or None, the reason why it is missing or None)."""
     try:
-        from .. import _C  # type: ignore[attr-defined]  # built by setup.py, absent where no compiler was found
+        # By name, because this folder is also published alone, where no package stands above it.
+        module = importlib.import_module("wikigpt._C")
     except ImportError as error:
-        if "_C" in str(error) and "undefined symbol" not in str(error):
+        if isinstance(error, ModuleNotFoundError):
             return None, "csrc/ was not built (needs a C++ compiler: pip install --no-build-isolation .)"
         return None, f"wikigpt._C does not load ({str(error).splitlines()[0]})"
-    return _C, None
+    return module, None

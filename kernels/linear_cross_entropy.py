@@ -41,7 +41,12 @@ def linear_cross_entropy_reference(
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     loss = F.cross_entropy(
-        logits, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        logits,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
     )
     if z_loss > 0.0:
         valid = target != ignore_index
@@ -139,10 +144,27 @@ def _cpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if extension()[0] is None or softcap > 0.0 or input.dtype not in (torch.float32, torch.bfloat16):
         return _chunked_cpu(
-            input, linear_weight, linear_bias, target, row_grad, ignore_index, label_smoothing, softcap, z_loss, needs
+            input,
+            linear_weight,
+            linear_bias,
+            target,
+            row_grad,
+            ignore_index,
+            label_smoothing,
+            softcap,
+            z_loss,
+            needs,
         )
     loss, _, d_input, d_weight, d_bias = torch.ops.wikigpt.linear_cross_entropy_cpu(
-        input, linear_weight.float(), linear_bias, target, row_grad, ignore_index, label_smoothing, z_loss, *needs
+        input,
+        linear_weight.float(),
+        linear_bias,
+        target,
+        row_grad,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        *needs,
     )
     return loss, d_input, d_weight, d_bias
 
@@ -180,7 +202,16 @@ def _op(
     else:
         row_grad, needs = None, (False, False, False)
     loss, d_input, d_weight, d_bias = _cpu(
-        input, linear_weight, linear_bias, target, row_grad, ignore_index, label_smoothing, softcap, z_loss, needs
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        row_grad,
+        ignore_index,
+        label_smoothing,
+        softcap,
+        z_loss,
+        needs,
     )
     if reduction == "mean":
         loss = loss.sum() / (target != ignore_index).sum()
@@ -253,8 +284,7 @@ def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
         )
     else:
         d_input, d_weight, d_bias = (
-            _times(grad, grad_loss) if needed else grad
-            for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:3])
+            _times(grad, grad_loss) if needed else grad for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:3])
         )
     return (
         d_input if needs_input else None,
@@ -283,7 +313,16 @@ def _fused(
     if weight is not None or input.dtype == torch.float64:
         # Class weights and float64 are for small problems and for tests.
         return linear_cross_entropy_reference(
-            input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, softcap, z_loss
+            input,
+            linear_weight,
+            target,
+            linear_bias,
+            weight,
+            reduction,
+            ignore_index,
+            label_smoothing,
+            softcap,
+            z_loss,
         )
     grad = torch.is_grad_enabled()
     return _op(

@@ -94,9 +94,7 @@ def layer_norm(
     return choose("layer_norm", x.device.type, backend)(x, weight, bias, eps)
 
 
-def rms_norm(
-    x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, backend: str | None = None
-) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, backend: str | None = None) -> Tensor:
     """RMSNorm over the last dimension. Shapes, dtypes and errors as `layer_norm`."""
     _check(x, weight, None, eps)
     return choose("rms_norm", x.device.type, backend)(x, weight, eps)
@@ -105,9 +103,7 @@ def rms_norm(
 class LayerNorm(nn.LayerNorm):
     """`torch.nn.LayerNorm` (same arguments, same state dict) over one dimension, computed by `layer_norm`."""
 
-    def __init__(
-        self, normalized_shape: int, eps: float = 1e-5, bias: bool = True, backend: str | None = None
-    ):
+    def __init__(self, normalized_shape: int, eps: float = 1e-5, bias: bool = True, backend: str | None = None):
         super().__init__(normalized_shape, eps=eps, bias=bias)
         self.backend = backend
 

@@ -26,7 +26,11 @@ def apply_rotary_emb_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
-register("rotary", Implementation("torch", apply_rotary_emb_reference), Implementation("reference", apply_rotary_emb_reference))
+register(
+    "rotary",
+    Implementation("torch", apply_rotary_emb_reference),
+    Implementation("reference", apply_rotary_emb_reference),
+)
 
 
 def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> Tensor:

@@ -56,7 +56,7 @@ def test_the_score_is_that_of_the_sacrebleu_command_on_the_written_hypotheses(tm
         "something else here",
         "naïve “quotes” &",
     ]
-    says(monkeypatch, *([*text.encode(), tokenizer.eos_id, 7] for text in texts))
+    says(monkeypatch, *([*text.encode(), tokenizer.eos_id] for text in texts))
     pairs = [Pair(chr(i), completion) for i, completion in enumerate(truth)]
 
     result = evaluate_bleu(random_model(257), tokenizer, pairs)
@@ -64,9 +64,7 @@ def test_the_score_is_that_of_the_sacrebleu_command_on_the_written_hypotheses(tm
     write_hypotheses(result, tmp_path / "hypotheses.txt")
     (tmp_path / "references.txt").write_text("".join(f"{' '.join(t.split())}\n" for t in truth), "utf-8")
     assert 10 < result.score < 90
-    assert f"{result.score:.4f}" == sacrebleu_command(
-        tmp_path / "references.txt", tmp_path / "hypotheses.txt"
-    )
+    assert f"{result.score:.4f}" == sacrebleu_command(tmp_path / "references.txt", tmp_path / "hypotheses.txt")
 
 
 def test_hypotheses_that_equal_the_references_score_100(monkeypatch):

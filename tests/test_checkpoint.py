@@ -20,7 +20,11 @@ def content():
     torch.manual_seed(0)
     tokenizer = WordTokenizer.train("a b c d\ne f g h\n")
     model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, context_length=8, n_layer=1, n_head=2, n_embd=16))
-    return {"model": model.state_dict(), "model_config": model.config.to_dict(), "tokenizer": tokenizer.to_json()}
+    return {
+        "model": model.state_dict(),
+        "model_config": model.config.to_dict(),
+        "tokenizer": tokenizer.to_json(),
+    }
 
 
 def test_a_saved_model_comes_back_with_its_tokenizer(tmp_path, content):
@@ -135,5 +139,3 @@ def test_an_unwritable_directory_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write to .*file/run.*choose another with --out"):
         checkpoint.writable_directory(tmp_path / "file" / "run")
-
-

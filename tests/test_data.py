@@ -255,9 +255,7 @@ def test_nothing_is_left_behind_by_a_download_but_the_text(hub):
 def test_without_network_one_line_names_the_ways_out():
     text = message(load_text)
     assert "\n" not in text
-    assert all(
-        way in text for way in ("no route to host", "--data-dir", "WIKIGPT_DATA_DIR", "--dataset auto")
-    )
+    assert all(way in text for way in ("no route to host", "--data-dir", "WIKIGPT_DATA_DIR", "--dataset auto"))
 
 
 def test_a_hub_that_never_answers_is_given_up_in_seconds_without_noise(tmp_path):
@@ -757,10 +755,7 @@ def test_a_full_disk_leaves_nothing_and_is_one_line(small, monkeypatch):
 
 
 def test_a_crash_just_before_the_end_leaves_nothing_visible(small):
-    code = (
-        "import os, wikigpt.data\nos.replace = lambda *paths: os._exit(9)\n"
-        f"wikigpt.data.prepare(data_dir={str(small)!r})"
-    )
+    code = f"import os, wikigpt.data\nos.replace = lambda *paths: os._exit(9)\nwikigpt.data.prepare(data_dir={str(small)!r})"
     crashed = run_python(code)
     crashed.communicate()
     assert crashed.returncode == 9
@@ -799,9 +794,7 @@ def test_the_cache_follows_xdg_where_nothing_else_is_set(monkeypatch, tmp_path):
 
 
 def test_an_unknown_tokenizer_is_an_error(small):
-    assert "unknown tokenizer 'words': use one of word, bpe, byte" in message(
-        prepare_small, small, tokenizer="words"
-    )
+    assert "unknown tokenizer 'words': use one of word, bpe, byte" in message(prepare_small, small, tokenizer="words")
 
 
 def test_info_is_a_table_of_the_splits(small):

@@ -6,16 +6,14 @@ import sys
 
 import pytest
 import torch
+from wikigpt.kernels import _dispatch
 
 from wikigpt import kernels
-from wikigpt.kernels import _dispatch
 
 
 def test_importing_the_kernels_needs_torch_and_nothing_else():
-    code = (
-        "import sys, wikigpt.kernels; "
-        "print([m for m in ('triton', 'transformers', 'rich', 'tokenizers', 'matplotlib', 'wikigpt.model') if m in sys.modules])"
-    )
+    others = ("triton", "transformers", "rich", "tokenizers", "matplotlib", "wikigpt.model")
+    code = f"import sys, wikigpt.kernels; print([m for m in {others} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

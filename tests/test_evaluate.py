@@ -78,9 +78,7 @@ def test_blocked_evaluation_equals_transformers_loss_block_by_block(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(1)
-    config = GPT2Config(
-        vocab_size=13, n_positions=8, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
-    )
+    config = GPT2Config(vocab_size=13, n_positions=8, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
     theirs = GPT2LMHeadModel(config).eval()
     theirs.save_pretrained(tmp_path)
     ours = hub.from_pretrained(str(tmp_path)).eval()

@@ -77,8 +77,7 @@ def quiet(_: str) -> None:
 def test_pairs_are_read_with_the_line_they_come_from(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(
-        b'\xef\xbb\xbf{"prompt": "a", "completion": " b\\n"}\r\n\n'
-        + '{"completion": "é", "id": 7, "prompt": "c"}'.encode()
+        b'\xef\xbb\xbf{"prompt": "a", "completion": " b\\n"}\r\n\n' + '{"completion": "é", "id": 7, "prompt": "c"}'.encode()
     )
     pairs = read_pairs(path)
     assert pairs == [Pair("a", " b\n"), Pair("c", "é")]
@@ -153,9 +152,7 @@ def test_a_pair_fills_the_context_to_the_last_token_and_no_further():
     ids, _ = encode_pairs([Pair("abc", "defgh")], ByteTokenizer(), 8)
     assert ids.shape == (1, 8)
     pairs = [Pair("a", "b", "p.jsonl:1"), Pair("abc", "defghi", "p.jsonl:2")]
-    with pytest.raises(
-        UserError, match=r"p.jsonl:2: 3 prompt and 6 completion tokens are 9, .* context is 8"
-    ):
+    with pytest.raises(UserError, match=r"p.jsonl:2: 3 prompt and 6 completion tokens are 9, .* context is 8"):
         encode_pairs(pairs, ByteTokenizer(), 8)
 
 
@@ -194,9 +191,7 @@ def test_the_loss_of_pairs_does_not_depend_on_prompts_padding_or_batches():
         sequence = [*tok.encode(pair.prompt + pair.completion).tolist(), tok.eos_id]
         logits = model(torch.tensor([sequence[:-1]]))[0]
         n = len(pair.completion) + 1
-        losses += torch.nn.functional.cross_entropy(
-            logits[-n:], torch.tensor(sequence[-n:]), reduction="sum"
-        ).item()
+        losses += torch.nn.functional.cross_entropy(logits[-n:], torch.tensor(sequence[-n:]), reduction="sum").item()
         tokens += n
     ids, targets = encode_pairs(pairs, tok, 32)
     for batch_size in (1, 2, 3):
@@ -274,18 +269,14 @@ def test_training_starts_from_the_checkpoint_and_keeps_its_tokenizer(pairs_file,
 def test_a_hugging_face_directory_can_be_fine_tuned(pairs_file, tmp_path):
     torch.manual_seed(0)
     tok = BPETokenizer.train(pairs_file.read_text(), 300)
-    GPT(GPTConfig(tok.vocab_size, 64, n_layer=1, n_head=2, n_embd=32)).save_pretrained(
-        str(tmp_path / "hf"), tok
-    )
+    GPT(GPTConfig(tok.vocab_size, 64, n_layer=1, n_head=2, n_embd=32)).save_pretrained(str(tmp_path / "hf"), tok)
     settings: dict[str, Any] = {"steps": 12, "batch_size": 8, "device": "cpu"}
     path = finetune(pairs_file, tmp_path / "run", checkpoint=tmp_path / "hf", log=quiet, **settings)
     assert load_run(path)[1].encode("3 1 4 =").tolist() == tok.encode("3 1 4 =").tolist()
 
 
 def test_words_of_a_vocabulary_from_scratch_are_all_known_even_if_they_occur_once(tmp_path):
-    path = write_pairs(
-        tmp_path / "pairs.jsonl", [("capital of France", "Paris"), ("capital of Peru", "Lima")]
-    )
+    path = write_pairs(tmp_path / "pairs.jsonl", [("capital of France", "Paris"), ("capital of Peru", "Lima")])
     lines: list[str] = []
     _, tok = load_run(finetune(path, tmp_path / "run", log=lines.append, **TINY))
     assert {"France", "Paris", "Lima"} <= set(tok.types)
@@ -295,9 +286,7 @@ def test_words_of_a_vocabulary_from_scratch_are_all_known_even_if_they_occur_onc
 def test_a_single_pair_or_no_validation_trains_on_all_pairs(tmp_path):
     path = write_pairs(tmp_path / "pairs.jsonl", [("a =", "b")])
     for fraction in (0.1, 0.0):
-        content = checkpoint.load(
-            finetune(path, tmp_path / "run", valid_fraction=fraction, log=quiet, **TINY)
-        )
+        content = checkpoint.load(finetune(path, tmp_path / "run", valid_fraction=fraction, log=quiet, **TINY))
         assert content["valid_loss"] is None
 
 
@@ -311,9 +300,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_best_weights(pairs
         return forward(self, idx, targets, cache) * (float("nan") if steps == 9 else 1.0)
 
     monkeypatch.setattr(GPT, "forward", fails_at_the_ninth)
-    with pytest.raises(
-        UserError, match=r"train loss is not finite at step 9: .* keeps the weights of step 8"
-    ):
+    with pytest.raises(UserError, match=r"train loss is not finite at step 9: .* keeps the weights of step 8"):
         finetune(pairs_file, tmp_path / "run", log=quiet, **TINY)
     loaded = checkpoint.load_model(tmp_path / "run")
     assert loaded.content["step"] == 8
@@ -379,11 +366,6 @@ def test_the_examples_test_on_prompts_that_they_do_not_train_on(task):
 
 
 def test_importing_the_module_does_not_import_what_only_a_run_needs():
-    code = (
-        "import sys, wikigpt.finetune, wikigpt.bleu; "
-        "print({'rich', 'sacrebleu', 'transformers'} & set(sys.modules))"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
-    )
+    code = "import sys, wikigpt.finetune, wikigpt.bleu; print({'rich', 'sacrebleu', 'transformers'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert run.stdout.strip() == "set()"

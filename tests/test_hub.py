@@ -2,6 +2,7 @@
 
 import json
 import os
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
@@ -23,7 +24,7 @@ from wikigpt.model import GPT, GPTConfig
 
 VOCAB, CONTEXT = 97, 24
 
-GPT2 = {
+GPT2: dict[str, dict[str, Any]] = {
     "plain": {},
     "untied": {"tie_word_embeddings": False},
     "n_inner": {"n_inner": 40},
@@ -32,7 +33,7 @@ GPT2 = {
     "epsilon": {"layer_norm_epsilon": 1e-2},
     "reordered": {"reorder_and_upcast_attn": True},
 }
-LLAMA = {
+LLAMA: dict[str, dict[str, Any]] = {
     "plain": {},
     "GQA": {"num_key_value_heads": 2},
     "MQA": {"num_key_value_heads": 1},
@@ -45,7 +46,7 @@ LLAMA = {
     "epsilon": {"rms_norm_eps": 1e-2},
 }
 CASES = [("gpt2", name) for name in GPT2] + [("llama", name) for name in LLAMA]
-OURS = {
+OURS: dict[str, dict[str, Any]] = {
     "gpt2": {"bias": True},
     "gpt2 untied": {"tie_embeddings": False},
     "gpt2 without bias": {"bias": False},
@@ -63,7 +64,7 @@ OURS = {
         "norm_eps": 1e-2,
     },
 }
-LLAMA_LIKE = {"position": "rotary", "norm": "rmsnorm", "activation": "swiglu"}
+LLAMA_LIKE: dict[str, Any] = {"position": "rotary", "norm": "rmsnorm", "activation": "swiglu"}
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def theirs(kind, dtype=torch.float64, **changes):
     """A small random model of transformers."""
     if kind == "gpt2":
         sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT}
-        config = GPT2Config(vocab_size=VOCAB, bos_token_id=1, eos_token_id=1, **(sizes | changes))
+        config: Any = GPT2Config(vocab_size=VOCAB, bos_token_id=1, eos_token_id=1, **(sizes | changes))
     else:
         sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
         config = LlamaConfig(vocab_size=VOCAB, max_position_embeddings=CONTEXT, **(sizes | changes))
@@ -140,7 +141,8 @@ def edit(path, **changes):
 
 def load_both(directory):
     """The directory in transformers, with all that it says about keys."""
-    model, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    model, report = loaded
     assert not any(report.values()), report
     return model.eval()
 
@@ -231,9 +233,7 @@ def test_half_precision_weights_become_float32_without_a_change(tmp_path, stored
 
 def test_the_option_dtype_is_the_dtype_of_every_parameter(tmp_path):
     theirs("gpt2").save_pretrained(tmp_path)
-    assert {p.dtype for p in from_pretrained(str(tmp_path), dtype=torch.bfloat16).parameters()} == {
-        torch.bfloat16
-    }
+    assert {p.dtype for p in from_pretrained(str(tmp_path), dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
 def test_tied_embeddings_are_one_parameter(tmp_path):
@@ -428,12 +428,8 @@ def test_missing_weights_are_listed(tmp_path, kind, name):
 def test_unknown_weights_are_listed(tmp_path):
     theirs("llama").save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    save_file(
-        {**weights, "model.layers.0.self_attn.q_norm.weight": torch.ones(8)}, tmp_path / "model.safetensors"
-    )
-    with pytest.raises(
-        UserError, match=r"has unknown weights .*: model\.layers\.0\.self_attn\.q_norm\.weight; use"
-    ):
+    save_file({**weights, "model.layers.0.self_attn.q_norm.weight": torch.ones(8)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"has unknown weights .*: model\.layers\.0\.self_attn\.q_norm\.weight; use"):
         from_pretrained(str(tmp_path))
 
 
@@ -466,9 +462,7 @@ def test_a_missing_shard_is_named(tmp_path):
         from_pretrained(str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("left", "named"), [("config.json", "has no weights"), ("model.safetensors", "has no config.json")]
-)
+@pytest.mark.parametrize(("left", "named"), [("config.json", "has no weights"), ("model.safetensors", "has no config.json")])
 def test_a_directory_that_lacks_a_file_says_which(tmp_path, left, named):
     theirs("gpt2").save_pretrained(tmp_path)
     for path in tmp_path.iterdir():
@@ -496,9 +490,7 @@ def test_json_that_is_none_is_named(tmp_path):
 
 def test_without_a_network_the_error_names_ways_out(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(
-        UserError, match=r"no directory 'gpt2'.*check the name, connect, or .*hf download gpt2"
-    ) as error:
+    with pytest.raises(UserError, match=r"no directory 'gpt2'.*check the name, connect, or .*hf download gpt2") as error:
         from_pretrained("gpt2")
     assert "\n" not in str(error.value)
 
@@ -581,9 +573,7 @@ ANY_TEXT = st.text(
         st.sampled_from("\n\r\t \x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0\u2028\u3000<>"),
     )
 )
-TEXTS = st.lists(
-    st.one_of(ANY_TEXT, st.sampled_from(["<eos>", "<unk>", " ", "\n", "cat", "The", " sat"]))
-).map("".join)
+TEXTS = st.lists(st.one_of(ANY_TEXT, st.sampled_from(["<eos>", "<unk>", " ", "\n", "cat", "The", " sat"]))).map("".join)
 
 
 @pytest.fixture(scope="module")
@@ -626,8 +616,10 @@ def test_transformers_knows_the_special_tokens_and_the_length(saved, kind):
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_what_transformers_makes_of_a_text_feeds_its_model(saved, kind):
-    """GPT-2 of transformers adds token_type_ids to the embeddings, so there must be none."""
+    """GPT-2 of transformers adds token_type_ids to the embeddings, so there must be none, in any version."""
     directory, tokenizer = saved[kind]
+    settings_ = json.loads((directory / "tokenizer_config.json").read_text())
+    assert settings_["model_input_names"] == ["input_ids", "attention_mask"]
     batch = tokenizer("The cat sat", return_tensors="pt")
     assert set(batch) == {"input_ids", "attention_mask"}
     with torch.no_grad():
@@ -678,9 +670,7 @@ def gpt2_tokenizer(request, tmp_path):
         tokenizer.save_pretrained(tmp_path)
     else:
         (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-        (tmp_path / "merges.txt").write_text(
-            "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in bpe.merges)
-        )
+        (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in bpe.merges))
     return tmp_path, tokenizer
 
 

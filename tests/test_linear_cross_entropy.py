@@ -2,21 +2,21 @@
 
 import itertools
 import math
+from importlib import import_module
 
 import pytest
 import torch
 import torch.nn.functional as F
-
-from tests.conftest import assert_as_accurate_as
-from wikigpt import kernels
 from wikigpt.kernels import linear_cross_entropy as lce
 from wikigpt.kernels.linear_cross_entropy import linear_cross_entropy_reference
 
-from importlib import import_module
+from tests.conftest import assert_as_accurate_as
+from wikigpt import kernels
 
 module = import_module("wikigpt.kernels.linear_cross_entropy")
 needs_extension = pytest.mark.skipif(
-    import_module("wikigpt.kernels._dispatch").extension()[0] is None, reason="csrc/ is not built (no C++ compiler)"
+    import_module("wikigpt.kernels._dispatch").extension()[0] is None,
+    reason="csrc/ is not built (no C++ compiler)",
 )
 
 # Rows: below, at and above one register tile and one chunk (256); features and vocabulary: not multiples of anything.
@@ -67,7 +67,8 @@ def test_loss_and_gradients_are_as_accurate_as_plain_pytorch(implementation, sha
 
 
 @pytest.mark.parametrize(
-    ("label_smoothing", "softcap", "z_loss"), [c for c in itertools.product((0.0, 0.1), (0.0, 5.0), (0.0, 1e-2)) if any(c)]
+    ("label_smoothing", "softcap", "z_loss"),
+    [c for c in itertools.product((0.0, 0.1), (0.0, 5.0), (0.0, 1e-2)) if any(c)],
 )
 def test_options_are_as_accurate_as_plain_pytorch(implementation, label_smoothing, softcap, z_loss):
     x, w, b, y = problem(70, 24, 301)
@@ -84,9 +85,7 @@ def test_the_reference_equals_pytorchs_cross_entropy():
     x, w, b, y = problem(40, 8, 50)
     weight = torch.rand(50).double()
     for reduction in ("mean", "sum", "none"):
-        ours = linear_cross_entropy_reference(
-            x.double(), w.double(), y, b.double(), weight, reduction, label_smoothing=0.2
-        )
+        ours = linear_cross_entropy_reference(x.double(), w.double(), y, b.double(), weight, reduction, label_smoothing=0.2)
         theirs = F.cross_entropy(
             F.linear(x.double(), w.double(), b.double()), y, weight, reduction=reduction, label_smoothing=0.2
         )
@@ -146,7 +145,11 @@ def test_with_every_target_ignored_mean_is_nan_and_sum_is_zero(implementation):
 
 
 def test_no_token_at_all(implementation):
-    x, w, y = torch.randn(0, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True), torch.empty(0, dtype=torch.int64)
+    x, w, y = (
+        torch.randn(0, 8, requires_grad=True),
+        torch.randn(20, 8, requires_grad=True),
+        torch.empty(0, dtype=torch.int64),
+    )
     loss = lce(x, w, y, reduction="sum")
     loss.backward()
     assert loss == 0
@@ -237,7 +240,12 @@ def test_memory_stays_far_below_that_of_the_logits():
     ],
 )
 def test_bad_arguments_are_named(implementation, change, error, message):
-    arguments = {"input": torch.randn(2, 8), "linear_weight": torch.randn(20, 8), "target": torch.tensor([0, 1]), **change}
+    arguments = {
+        "input": torch.randn(2, 8),
+        "linear_weight": torch.randn(20, 8),
+        "target": torch.tensor([0, 1]),
+        **change,
+    }
     first = [arguments.pop(k) for k in ("input", "linear_weight", "target")]
     with pytest.raises(error, match=message):
         kernels.linear_cross_entropy(*first, **arguments)

@@ -107,9 +107,7 @@ def test_more_positions_than_the_context_are_refused(past):
     if past:
         cache = model.make_cache(2)
         model(tokens(length=past), cache=cache)
-    with pytest.raises(
-        ValueError, match=f"idx: {CONTEXT + 1} positions, the model's context_length is {CONTEXT}"
-    ):
+    with pytest.raises(ValueError, match=f"idx: {CONTEXT + 1} positions, the model's context_length is {CONTEXT}"):
         model(tokens(length=CONTEXT + 1 - past), cache=cache)
 
 
@@ -229,9 +227,7 @@ def test_dropout_works_in_training_and_not_in_eval():
 @pytest.mark.parametrize("bias", [True, False])
 def test_bias_is_the_option_of_every_linear_and_layer_norm(bias):
     names = {name for name, _ in make(bias=bias).named_parameters() if name.endswith("bias")}
-    layers = [
-        f"blocks.{i}.{part}.bias" for i in range(2) for part in ("norm1", "norm2", "attn.qkv", "attn.proj")
-    ]
+    layers = [f"blocks.{i}.{part}.bias" for i in range(2) for part in ("norm1", "norm2", "attn.qkv", "attn.proj")]
     mlp = [f"blocks.{i}.mlp.{part}.bias" for i in range(2) for part in ("fc", "proj")]
     assert names == ({"norm.bias", *layers, *mlp} if bias else set())
 

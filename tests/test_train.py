@@ -179,7 +179,11 @@ def test_a_run_killed_with_sigkill_and_resumed_gives_the_same_bits(text, tmp_pat
     subprocess.run(command(text, tmp_path / "whole", *whole), check=True, capture_output=True, env=ONE_THREAD)
     killed = tmp_path / "killed"
     process = subprocess.Popen(
-        command(text, killed, *whole), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ONE_THREAD
+        command(text, killed, *whole),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=ONE_THREAD,
     )
     # In the middle: a checkpoint is there and steps beyond it have been done.
     wait_for(lambda: (killed / "last.pth").exists() and max(losses(killed), default=0) >= 9, process)
@@ -269,7 +273,14 @@ def test_a_device_that_is_not_there_is_refused():
 def torchrun(text, out, *changes, processes=2):
     """A run under torchrun; returns its losses by step."""
     arguments = command(text, out, *changes)
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    start = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
     done = subprocess.run([*start, *arguments[1:]], capture_output=True, text=True, env=ONE_THREAD, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     return losses(out)

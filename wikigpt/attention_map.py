@@ -45,9 +45,7 @@ def draw(
         write_atomically(path, lambda file: picture.savefig(file, format="png", dpi=DPI, bbox_inches="tight"))
 
 
-def figure(
-    model: GPT, tokenizer: Tokenizer, text: str, layer: int | None = None, head: int | None = None
-) -> Figure:
+def figure(model: GPT, tokenizer: Tokenizer, text: str, layer: int | None = None, head: int | None = None) -> Figure:
     """The picture that `draw` writes."""
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
@@ -67,13 +65,13 @@ def figure(
     columns = len(heads) if len(layers) > 1 and len(heads) > 1 else math.ceil(math.sqrt(len(panels)))
     rows = math.ceil(len(panels) / columns)
     if len(panels) == 1:
-        side = min(max(0.2 * len(ids), 4.0), 12.0)  # inches
+        side = min(max(0.2 * len(ids), 4.0), 0.2 * MAX_LABELS)  # inches
         most_labels = MAX_LABELS
     else:
         side = min(3.0, max(1.2, 16.0 / columns))
         most_labels = int(side * 9)  # at 8 points each
     step = math.ceil(len(ids) / most_labels)
-    size = min(10.0, 0.8 * 72 * side * step / len(ids)) if len(panels) == 1 else 6.5
+    size = 10.0 if len(panels) == 1 else 6.5  # points
 
     picture = Figure(figsize=(side * columns + 1.8, side * rows + 1.6), layout="constrained")
     grid = picture.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
@@ -93,9 +91,7 @@ def figure(
         if k >= len(panels):
             axes.remove()
         elif k + columns >= len(panels):
-            axes.xaxis.set_tick_params(
-                labelbottom=True
-            )  # the lowest of its column, though not in the last row
+            axes.xaxis.set_tick_params(labelbottom=True)  # the lowest of its column, though not in the last row
     name = _name(layer, head, layer is not None, head is not None)
     title = f"Attention weights, {name or 'all layers and heads'}"
     if len(panels) == 1:
@@ -104,7 +100,7 @@ def figure(
         picture.suptitle(title)
         picture.supxlabel("attends to")
         picture.supylabel("query token")
-    picture.colorbar(image, ax=picture.axes, label="attention weight (each row sums to 1)", shrink=0.8)
+    picture.colorbar(image, ax=picture.axes, label="attention weight (each row sums to 1)", shrink=0.8, aspect=30)
     return picture
 
 

@@ -59,8 +59,7 @@ def evaluate_bleu(
     for pair, prompt in zip(pairs, prompts):
         if len(prompt) > context:
             raise UserError(
-                f"{pair.where}: the prompt's {len(prompt)} tokens do not fit into the model's context of "
-                f"{context}; shorten it"
+                f"{pair.where}: the prompt's {len(prompt)} tokens do not fit into the model's context of {context}; shorten it"
             )
     if max_new_tokens is None:
         max_new_tokens = 2 * max(len(tokenizer.encode(pair.completion)) for pair in pairs) + 1
@@ -70,12 +69,9 @@ def evaluate_bleu(
     order = sorted(range(len(pairs)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        new = generate(
-            model, [prompts[i] for i in rows], max_new_tokens, temperature=0.0, eos_id=tokenizer.eos_id
-        )
+        new = generate(model, [prompts[i] for i in rows], max_new_tokens, temperature=0.0, eos_id=tokenizer.eos_id)
         for i, ids in zip(rows, new):
-            end = ids.index(tokenizer.eos_id) if tokenizer.eos_id in ids else len(ids)
-            hypotheses[i] = _line(tokenizer.decode(ids[:end]))
+            hypotheses[i] = _line(tokenizer.decode(ids))
 
     references = [_line(pair.completion) for pair in pairs]
     metric = sacrebleu.BLEU()

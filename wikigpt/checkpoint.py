@@ -123,7 +123,9 @@ def load_model(source: str | Path, device: Any = "cpu", backend: str | None = No
     Raises UserError where nothing usable is there.
     """
     path = Path(source)
-    hugging_face = (path / "config.json").is_file() or not (path.exists() or path.suffix == ".pth" or len(path.parts) > 2)
+    # A name on the Hub is one word or OWNER/NAME; anything that can be a path here is one.
+    local = path.exists() or path.suffix == ".pth" or len(path.parts) > 2 or (path.parent.name and path.parent.is_dir())
+    hugging_face = (path / "config.json").is_file() or not local
     if hugging_face:
         from . import hub
 

@@ -16,7 +16,8 @@ from rich.table import Table
 from .errors import UserError
 
 if TYPE_CHECKING:
-    from .checkpoint import Loaded
+    from .data import Tokenizer
+    from .model import GPT
 
 RUNS = Path("runs")
 
@@ -50,14 +51,14 @@ def newest_run() -> Path:
     return found[-1].parent
 
 
-def load(source: str | None, device: str, backend: str | None = None) -> Loaded:
+def load(source: str | None, device: str, backend: str | None = None) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     from .checkpoint import load_model
     from .train import pick_device
 
     loaded = load_model(source or newest_run(), pick_device(device), backend)
     if loaded.tokenizer is None:
         raise UserError(f"{source} holds no tokenizer that wikigpt can read; use a checkpoint of `wikigpt train`")
-    return loaded
+    return loaded.model, loaded.tokenizer, loaded.content
 
 
 def show_origin(dataset: Any) -> None:
@@ -136,15 +137,14 @@ def train(
             out = RUNS / f"{preset}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
         elif first and not overwrite and any((out / name).exists() for name in (LAST, checkpoints.NAME)):
             raise UserError(f"{out} holds a run already; add --resume to go on with it or --overwrite to replace it")
-        if first:
-            checkpoints.writable_directory(out)
-            for name in (LAST, checkpoints.NAME, "log.jsonl"):
-                (out / name).unlink(missing_ok=True)
 
-    prepared = prepare(
-        settings.data.dataset, settings.data.tokenizer, settings.data.vocab_size, settings.data.data_dir
-    )
+    prepared = prepare(settings.data.dataset, settings.data.tokenizer, settings.data.vocab_size, settings.data.data_dir)
     with processes(settings.train.device) as group:
+        if group.first:
+            # Only now, when nothing that the user may have got wrong is left.
+            checkpoints.writable_directory(out)
+            for name in (LAST, checkpoints.NAME, "log.jsonl") if not resume else ():
+                (out / name).unlink(missing_ok=True)
         trainer = Trainer(settings, prepared, out, group, resume, log=console.print)
         if group.first:
             show_origin(prepared)
@@ -167,33 +167,18 @@ def train(
     if prepared.tokenizer.kind != "word":
         console.print(f"test perplexity per word: {result.test.per_word:.2f}")  # type: ignore[union-attr]
     console.print(f"speed: {result.tokens_per_second:,.0f} tokens/s in training, {result.seconds:.0f} s in all")
-    loaded = checkpoints.load_model(out, trainer.processes.device)
     from .generate import complete
 
+    loaded = checkpoints.load_model(out, trainer.processes.device)
+    assert loaded.tokenizer is not None
+
     console.print("\n[bold]a continuation[/bold]")
-    console.print(prompt + complete_text(complete, loaded, prompt, 50, 0.8, 40, None, None, 0), markup=False)
+    text = complete(loaded.model, loaded.tokenizer, [prompt], 50, temperature=0.8, top_k=40, seed=0, stop_at_eos=False)[0]
+    console.print(prompt + text, markup=False)
     console.print(
         f"\ncheckpoint: {out / checkpoints.NAME}\nlog:        {out / 'log.jsonl'} (and tensorboard --logdir {out})"
         f"\nloss curve: {out / 'loss.png'}"
     )
-
-
-def complete_text(
-    complete: Any,
-    loaded: Loaded,
-    prompt: str,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    seed: int | None,
-) -> str:
-    text = complete(
-        loaded.model, loaded.tokenizer, [prompt], max_new_tokens,
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
-    )[0]  # fmt: skip
-    return text if text[:1] in ("", " ", "\n") or loaded.tokenizer.kind != "word" else " " + text  # type: ignore[union-attr]
 
 
 def run_with_progress(trainer: Any) -> Any:
@@ -248,15 +233,13 @@ def evaluate(
     backend: str | None = BackendOption,
 ) -> None:
     """Perplexity on a split as papers count it, or BLEU on prompt/completion pairs."""
-    loaded = load(checkpoint, device, backend)
-    assert loaded.tokenizer is not None
+    model, tokenizer, content = load(checkpoint, device, backend)
     if bleu is not None:
         from .bleu import evaluate_bleu, write_hypotheses
         from .pairs import read_pairs
 
-        options = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
-        result = evaluate_bleu(loaded.model, loaded.tokenizer, read_pairs(bleu), **options)
-        console.print(f"BLEU: {result.score:.2f}  ({result.signature})")
+        result = evaluate_bleu(model, tokenizer, read_pairs(bleu), max_new_tokens=max_new_tokens)
+        console.print(str(result), markup=False)
         if hypotheses is not None:
             write_hypotheses(result, hypotheses)
             console.print(f"completions: {hypotheses}")
@@ -264,26 +247,24 @@ def evaluate(
     from .data import prepare
     from .evaluate import perplexity
 
-    saved = loaded.content.get("config", {}).get("data", {})
+    saved = content.get("config", {}).get("data", {})
     prepared = prepare(
         dataset or saved.get("dataset", "wikitext-2"),
         data_dir=data_dir or saved.get("data_dir"),
-        tokenizer_json=loaded.tokenizer.to_json(),
+        tokenizer_json=tokenizer.to_json(),
     )
     if split not in prepared.tokens:
         raise UserError(f"unknown split {split!r}; use {', '.join(prepared.tokens)}")
     show_origin(prepared)
     tokens, stats = prepared.tokens[split], prepared.stats[split]
-    length = loaded.model.config.context_length
+    length = model.config.context_length
     rows = [("sliding window", stride or max(1, length // 2))]
     if stride is None:
         rows.append(("blocked", length))
     table = Table("protocol", "stride", "tokens", "nats/token", "perplexity", "per word")
     for name, step in rows:
         with console.status(f"{split}: {name}"):
-            figure = perplexity(
-                loaded.model, tokens, loaded.tokenizer.eos_id, stride=step, stats=stats, dynamic_lr=dynamic_lr
-            )
+            figure = perplexity(model, tokens, tokenizer.eos_id, stride=step, stats=stats, dynamic_lr=dynamic_lr)
         nats = figure.nats / figure.tokens
         table.add_row(
             name + (" (dynamic)" if dynamic_lr else ""), str(step), f"{figure.tokens:,}", f"{nats:.4f}",
@@ -299,17 +280,23 @@ def generate(
     max_new_tokens: int = typer.Option(100, min=1, help="tokens to add"),
     temperature: float = typer.Option(0.8, min=0.0, help="0: always the likeliest token"),
     top_k: int | None = typer.Option(None, min=1, help="choose among the k likeliest tokens"),
-    top_p: float | None = typer.Option(None, help="choose among the likeliest tokens of this total probability"),
-    min_p: float | None = typer.Option(None, help="drop tokens below this fraction of the likeliest one's probability"),
+    top_p: float | None = typer.Option(
+        None, min=1e-6, max=1.0, help="choose among the likeliest tokens of this total probability"
+    ),
+    min_p: float | None = typer.Option(
+        None, min=0.0, max=1.0, help="drop tokens below this fraction of the likeliest one's probability"
+    ),
     seed: int | None = typer.Option(None, help="same seed, same text"),
+    stop_at_eos: bool = typer.Option(True, help="stop where the model ends the text (word-level: the paragraph)"),
     device: str = DeviceOption,
     backend: str | None = BackendOption,
 ) -> None:
     """Continue a text; one prompt streams as it is made."""
     from .generate import complete
 
-    loaded = load(checkpoint, device, backend)
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    model, tokenizer, _ = load(checkpoint, device, backend)
+    options: Any = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    options["stop_at_eos"] = stop_at_eos
     if len(prompts) == 1:
         sys.stdout.write(prompts[0])
 
@@ -317,12 +304,41 @@ def generate(
             sys.stdout.write(piece)
             sys.stdout.flush()
 
-        complete(loaded.model, loaded.tokenizer, prompts, max_new_tokens, stream_text=show, **options)
+        complete(model, tokenizer, prompts, max_new_tokens, stream_text=show, **options)
         sys.stdout.write("\n")
         return
-    for prompt, text in zip(prompts, complete(loaded.model, loaded.tokenizer, prompts, max_new_tokens, **options)):
-        console.print(f"[bold]{prompt}[/bold]", end="")
-        console.print(text, markup=False)
+    for prompt, text in zip(prompts, complete(model, tokenizer, prompts, max_new_tokens, **options)):
+        console.print(prompt + text, markup=False)
+
+
+@app.command()
+def finetune(
+    pairs: Path = typer.Argument(..., help='JSONL file, a line each: {"prompt": ..., "completion": ...}'),
+    out: Path = typer.Option(..., help="run directory to write"),
+    checkpoint: str | None = typer.Option(
+        None, "--checkpoint", "-c", help="model to start from; default: a small one from scratch"
+    ),
+    tokenizer: str | None = typer.Option(None, help="from scratch: word, bpe or byte (default word)"),
+    n_layer: int | None = typer.Option(None, help="from scratch: number of layers"),
+    n_embd: int | None = typer.Option(None, help="from scratch: width"),
+    n_head: int | None = typer.Option(None, help="from scratch: number of heads"),
+    epochs: int | None = typer.Option(None, help="passes over the pairs"),
+    steps: int | None = typer.Option(None, help="optimiser steps, in place of --epochs"),
+    batch_size: int = typer.Option(32, help="pairs per step"),
+    lr: float | None = typer.Option(None, help="highest learning rate"),
+    valid_fraction: float = typer.Option(0.1, help="share of the pairs kept for validation"),
+    seed: int = typer.Option(0, help="seed of weights and order"),
+    device: str = DeviceOption,
+) -> None:
+    """Learn prompt -> completion pairs (translation, questions, code); the loss counts completions only."""
+    from .finetune import finetune as run
+
+    path = run(
+        pairs, out, checkpoint=checkpoint, tokenizer=tokenizer, n_layer=n_layer, n_embd=n_embd, n_head=n_head,
+        epochs=epochs, steps=steps, batch_size=batch_size, lr=lr, seed=seed, device=device,
+        valid_fraction=valid_fraction, log=lambda line: console.print(line, markup=False),
+    )  # fmt: skip
+    console.print(f"checkpoint: {path}")
 
 
 @app.command()
@@ -337,8 +353,8 @@ def attention(
     """Draw the attention weights of a text: who looks at whom, in every layer and head or in one."""
     from .attention_map import draw
 
-    loaded = load(checkpoint, device)
-    draw(loaded.model, loaded.tokenizer, text, out, layer=layer, head=head)
+    model, tokenizer, _ = load(checkpoint, device)
+    draw(model, tokenizer, text, out, layer=layer, head=head)
     console.print(f"wrote {out}")
 
 

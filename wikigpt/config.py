@@ -55,7 +55,15 @@ class TrainConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "log_interval", "eval_interval", "save_interval", "eval_tokens"):
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "log_interval",
+            "eval_interval",
+            "save_interval",
+            "eval_tokens",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, must be 1 or more")
         for name in ("lr", "muon_lr", "weight_decay", "clip_grad_norm", "warmup_steps", "min_lr_fraction"):
@@ -127,7 +135,16 @@ def _convert(value: Any, hint: Any, name: str, source: str) -> Any:
         if type(None) in allowed:
             return None
     elif bool in allowed:
-        words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+        words = {
+            "true": True,
+            "yes": True,
+            "on": True,
+            "1": True,
+            "false": False,
+            "no": False,
+            "off": False,
+            "0": False,
+        }
         if isinstance(value, bool) or str(value).lower() in words:
             return value if isinstance(value, bool) else words[str(value).lower()]
     elif int in allowed and not isinstance(value, bool):

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import kernels
+import wikigpt.kernels as kernels
+
 from .errors import UserError
 from .model import GPT
 
@@ -94,13 +95,11 @@ def perplexity(
 
     def losses(batch: list[tuple[int, int, int]]) -> Tensor:
         # Windows of one batch have the same shape; the head runs on the counted positions alone.
-        begin, end, first = batch[0]
+        begin, _, first = batch[0]
         x = torch.stack([ids[b:e] for b, e, _ in batch])
         y = torch.stack([ids[f + 1 : e + 1] for _, e, f in batch])
         hidden = model.hidden(x)[:, first - begin :]
-        return kernels.linear_cross_entropy(
-            hidden, model.head.weight, y, reduction="none", backend=model.config.backend
-        )
+        return kernels.linear_cross_entropy(hidden, model.head.weight, y, reduction="none", backend=model.config.backend)
 
     if dynamic_lr > 0:
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -112,7 +111,7 @@ def perplexity(
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 for p in model.parameters():
                     if p.grad is not None:
-                        p -= dynamic_lr * p.grad
+                        p.sub_(p.grad, alpha=dynamic_lr)
                         p.grad = None
             if progress:
                 progress(window[1], n)
@@ -121,15 +120,11 @@ def perplexity(
                 p.copy_(before[name])
     else:
         with torch.no_grad():
-            batch: list[tuple[int, int, int]] = []
-            for window in [*windows(n, length, stride), None]:
-                if batch and (window is None or len(batch) == batch_size or _shape(window) != _shape(batch[0])):
+            for _, alike in itertools.groupby(windows(n, length, stride), key=_shape):
+                while batch := list(itertools.islice(alike, batch_size)):
                     total += losses(batch).double().sum()
                     if progress:
                         progress(batch[-1][1], n)
-                    batch = []
-                if window is not None:
-                    batch.append(window)
     model.train(training)
     return Perplexity(float(total), n, None if stats is None else stats.words + stats.lines)
 

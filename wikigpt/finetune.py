@@ -61,9 +61,7 @@ def finetune(
         torch.manual_seed(seed)
         if checkpoint is None:
             sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head}
-            model, tok = _scratch(
-                pairs, tokenizer or "word", {k: v for k, v in sizes.items() if v is not None}
-            )
+            model, tok = _scratch(pairs, tokenizer or "word", {k: v for k, v in sizes.items() if v is not None})
             model.to(target)
         else:
             for name, value in (
@@ -73,9 +71,7 @@ def finetune(
                 ("n-head", n_head),
             ):
                 if value is not None:
-                    raise UserError(
-                        f"--{name} is for training from scratch; leave it out, {checkpoint} has its own"
-                    )
+                    raise UserError(f"--{name} is for training from scratch; leave it out, {checkpoint} has its own")
             if Path(checkpoint).resolve() in (Path(out).resolve(), Path(out).resolve() / checkpoints.NAME):
                 raise UserError(f"{out} holds the checkpoint to start from; choose another --out to keep it")
             loaded = checkpoints.load_model(checkpoint, target)
@@ -92,8 +88,7 @@ def finetune(
         settings: dict[str, Any] = {
             "pairs": str(pairs_path),
             "checkpoint": None if checkpoint is None else str(checkpoint),
-            "steps": steps
-            or (epochs * steps_per_epoch if epochs else max(EPOCHS * steps_per_epoch, MIN_STEPS)),
+            "steps": steps or (epochs * steps_per_epoch if epochs else max(EPOCHS * steps_per_epoch, MIN_STEPS)),
             "batch_size": batch_size,
             "lr": lr or (LR_SCRATCH if checkpoint is None else LR_CHECKPOINT),
             "seed": seed,
@@ -157,9 +152,7 @@ def _train(
     steps, batch_size, peak = settings["steps"], settings["batch_size"], settings["lr"]
     matrices = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
-    )
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}])
     warmup = min(100, math.ceil(steps / 10))
     interval = math.ceil(steps / EVALUATIONS)
     device = model.head.weight.device
@@ -167,9 +160,7 @@ def _train(
 
     def not_finite(what: str, step: int) -> UserError:
         kept = f"{path} keeps the weights of step {best_step}" if best_step else "no checkpoint was written"
-        return UserError(
-            f"the {what} loss is not finite at step {step}: {kept}; try a lower --lr than {peak}"
-        )
+        return UserError(f"the {what} loss is not finite at step {step}: {kept}; try a lower --lr than {peak}")
 
     console = Console(stderr=True)
     batches = _batches(*train, batch_size, generator)
@@ -223,9 +214,7 @@ def _train(
             log(text)
 
 
-def _batches(
-    ids: Tensor, targets: Tensor, batch_size: int, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(ids: Tensor, targets: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches (B, S) without end, in a new random order each epoch, cut to the longest pair in the batch."""
     while True:
         for rows in torch.randperm(len(ids), generator=generator).split(batch_size):

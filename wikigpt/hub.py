@@ -51,9 +51,7 @@ def _directory(source: str | Path, patterns: list[str]) -> Path:
     if Path(source).is_dir():
         return Path(source)
     if Path(source).exists():
-        raise UserError(
-            f"{source} is a file: give the directory that holds config.json and model.safetensors"
-        )
+        raise UserError(f"{source} is a file: give the directory that holds config.json and model.safetensors")
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download
 
     source = str(source)
@@ -121,9 +119,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
         OSError,
         AttributeError,
     ) as error:
-        raise UserError(
-            f"{file} is damaged or no file of weights ({type(error).__name__}); use another copy"
-        ) from error
+        raise UserError(f"{file} is damaged or no file of weights ({type(error).__name__}); use another copy") from error
 
 
 # ---- configurations ----
@@ -315,9 +311,7 @@ def _parts(config: GPTConfig, hf: dict[str, Any]) -> dict[str, _Part]:
         ]
     modules = [(final[0], final[1], everything, final[2])]
     for i in range(config.n_layer):
-        modules += [
-            (f"{layers}.{i}.{theirs}", f"blocks.{i}.{ours}", rows, bias) for theirs, ours, rows, bias in block
-        ]
+        modules += [(f"{layers}.{i}.{theirs}", f"blocks.{i}.{ours}", rows, bias) for theirs, ours, rows, bias in block]
     for theirs, ours, rows, bias in modules:
         # GPT-2's linear layers are Conv1D: (in, out).
         parts[f"{theirs}.weight"] = _Part(f"{ours}.weight", rows, ".c_" in theirs)
@@ -424,9 +418,7 @@ def save_pretrained(model: GPT, directory: str | Path, tokenizer: Tokenizer | No
             tensors[name] = torch.zeros(weight.shape[0], dtype=weight.dtype)
     from safetensors.torch import save
 
-    write_atomically(
-        directory / "model.safetensors", lambda file: file.write(save(tensors, metadata={"format": "pt"}))
-    )
+    write_atomically(directory / "model.safetensors", lambda file: file.write(save(tensors, metadata={"format": "pt"})))
     if tokenizer is not None:
         _save_tokenizer(tokenizer, directory, model.config.context_length)
         special = {"bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
@@ -457,9 +449,7 @@ class HubTokenizer(Tokenizer):
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(
-            self._model.encode(_without_surrogates(text), add_special_tokens=False).ids, dtype=np.int64
-        )
+        return np.array(self._model.encode(_without_surrogates(text), add_special_tokens=False).ids, dtype=np.int64)
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, "model": self._model.to_str(), "eos_id": self.eos_id}
@@ -499,9 +489,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer | None:
             if model.token_to_id("<|endoftext|>") is not None:
                 model.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
     except Exception as error:  # the library raises Exception itself
-        raise UserError(
-            f"{path} is no tokenizer ({' '.join(str(error).split())}): use another copy"
-        ) from None
+        raise UserError(f"{path} is no tokenizer ({' '.join(str(error).split())}): use another copy") from None
     return HubTokenizer(model.to_str(), _eos_id(directory, model))
 
 
@@ -524,7 +512,7 @@ def _save_tokenizer(tokenizer: Tokenizer, directory: Path, context_length: int) 
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
-        # Without token_type_ids, which transformers' GPT-2 would add to the embeddings.
+        # transformers 4 would make token_type_ids too, and its GPT-2 add them to the embeddings.
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import kernels
+import wikigpt.kernels as kernels
 
 POSITIONS = ("learned", "rotary", "alibi")
 NORMS = ("layernorm", "rmsnorm")
@@ -75,16 +75,19 @@ class KVCache:
     """Keys and values of the positions seen so far, allocated once for the whole context."""
 
     def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.n_layer, 2, batch_size, config.n_kv_head, config.context_length, config.head_dim)
-        self.data = torch.empty(shape, device=device, dtype=dtype)  # type: ignore[arg-type]  # set in __post_init__
+        assert config.n_kv_head is not None
+        assert config.head_dim is not None
+        shape = (2, batch_size, config.n_kv_head, config.context_length, config.head_dim)
+        self.layers = [torch.empty(shape, device=device, dtype=dtype).unbind() for _ in range(config.n_layer)]
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, G, S, D) of the new positions; returns all keys and values (B, G, T, D)."""
-        end = self.length + k.shape[2]
-        self.data[layer, 0, :, :, self.length : end] = k
-        self.data[layer, 1, :, :, self.length : end] = v
-        return self.data[layer, 0, :, :, :end], self.data[layer, 1, :, :, :end]
+        keys, values = self.layers[layer]
+        s = k.shape[2]
+        keys.narrow(2, self.length, s).copy_(k)
+        values.narrow(2, self.length, s).copy_(v)
+        return keys.narrow(2, 0, self.length + s), values.narrow(2, 0, self.length + s)
 
 
 class Attention(nn.Module):
@@ -95,22 +98,18 @@ class Attention(nn.Module):
         self.split = [q_size, kv_size, kv_size]
         self.qkv = nn.Linear(config.n_embd, sum(self.split), bias=config.bias)
         self.proj = nn.Linear(q_size, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = make_dropout(config)
 
     def heads(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of x (B, S, C), each (B, heads, S, D), positions applied."""
         b, s, _ = x.shape
-        q, k, v = (
-            t.view(b, s, -1, self.config.head_dim).transpose(1, 2) for t in self.qkv(x).split(self.split, dim=-1)
-        )
+        q, k, v = (t.view(b, s, -1, self.config.head_dim).transpose(1, 2) for t in self.qkv(x).split(self.split, dim=-1))
         if rotary is not None:
             q = kernels.apply_rotary_emb(q, *rotary, backend=self.config.backend)
             k = kernels.apply_rotary_emb(k, *rotary, backend=self.config.backend)
         return q, k, v
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         q, k, v = self.heads(x, rotary)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
@@ -135,7 +134,7 @@ class MLP(nn.Module):
         gated = config.activation == "swiglu"
         self.fc = nn.Linear(config.n_embd, config.intermediate_size * (2 if gated else 1), bias=config.bias)  # type: ignore[operator]
         self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.bias)  # type: ignore[arg-type]
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = make_dropout(config)
         self.activate = self._swiglu if gated else self._gelu
         self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
 
@@ -147,6 +146,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.proj(self.activate(self.fc(x))))
+
+
+def make_dropout(config: GPTConfig) -> nn.Module:
+    return nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -163,9 +166,7 @@ class Block(nn.Module):
         self.norm2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         x = x + self.attn(self.norm1(x), rotary, mask, cache)
         return x + self.mlp(self.norm2(x))
 
@@ -176,7 +177,7 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.context_length, config.n_embd) if config.position == "learned" else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = make_dropout(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -241,9 +242,7 @@ class GPT(nn.Module):
     def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each token in nats, (B, S) float32; 0 where the target is -100."""
         x = self.hidden(idx)
-        return kernels.linear_cross_entropy(
-            x, self.head.weight, targets, reduction="none", backend=self.config.backend
-        )
+        return kernels.linear_cross_entropy(x, self.head.weight, targets, reduction="none", backend=self.config.backend)
 
     def make_cache(self, batch_size: int) -> KVCache:
         """An empty key/value cache for this model, in the dtype its linear layers compute in."""
@@ -258,15 +257,15 @@ class GPT(nn.Module):
         """The attention weights (n_layer, B, H, S, S) for idx (B, S); rows sum to 1."""
         if idx.shape[1] > self.config.context_length:
             raise ValueError(f"idx: {idx.shape[1]} positions, the model's context_length is {self.config.context_length}")
-        positions = torch.arange(idx.shape[1], device=idx.device)
         weights: list[Tensor] = []
 
         def look(attn: nn.Module, args: tuple[Any, ...]) -> None:
+            assert isinstance(attn, Attention)
             x, rotary, mask, _ = args
             q, k, _ = attn.heads(x, rotary)
             weights.append(kernels.attention_weights(q, k, mask, is_causal=mask is None))
 
-        handles = [block.attn.register_forward_pre_hook(look) for block in self.blocks]  # type: ignore[union-attr, operator]
+        handles = [block.attn.register_forward_pre_hook(look) for block in self.blocks]  # type: ignore[operator, union-attr]
         training = self.training
         self.eval()
         try:

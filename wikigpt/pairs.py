@@ -41,9 +41,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror}; name a file with lines like {EXAMPLE}"
-        ) from None
+        raise UserError(f"cannot read {path}: {error.strerror}; name a file with lines like {EXAMPLE}") from None
     lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")  # the mark that Windows editors put before UTF-8
     pairs = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not pairs:

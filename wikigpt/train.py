@@ -26,10 +26,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import checkpoint, evaluate
+from . import checkpoint
 from .config import Config, TrainConfig, dump
 from .data import Dataset
 from .errors import UserError
+from .evaluate import Perplexity, perplexity
 from .model import GPT
 
 LAST = "last.pth"
@@ -83,7 +84,9 @@ class Optimizers:
     """AdamW for everything, or Muon (Jordan et al. 2024) for the matrices inside the blocks and AdamW for the rest."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device):
-        hidden, decayed, plain = [], [], []
+        hidden: list[nn.Parameter] = []
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
         for name, p in model.named_parameters():
             if p.dim() == 2 and "blocks." in name and config.optimizer == "muon":
                 hidden.append(p)
@@ -97,9 +100,7 @@ class Optimizers:
             torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
         ]
         if hidden:
-            self.all.append(
-                torch.optim.Muon(hidden, lr=config.muon_lr, weight_decay=config.weight_decay, momentum=0.95)
-            )
+            self.all.append(torch.optim.Muon(hidden, lr=config.muon_lr, weight_decay=config.weight_decay, momentum=0.95))
         self.base_lr = [config.lr, config.muon_lr]
 
     def step(self, factor: float) -> None:
@@ -207,8 +208,8 @@ class Result:
     steps: int
     interrupted: bool
     train_loss: float
-    valid: evaluate.Perplexity | None
-    test: evaluate.Perplexity | None
+    valid: Perplexity | None
+    test: Perplexity | None
     tokens_per_second: float
     seconds: float
 
@@ -272,22 +273,21 @@ class Trainer:
 
         for block in model.blocks:
             fully_shard(block)
-        return fully_shard(model)
+        fully_shard(model)
+        return model
 
     # --- state ---
 
     def _sharded(self) -> bool:
         return self.processes.size > 1 and self.config.train.parallel == "fsdp"
 
-    def _model_state(self) -> dict[str, Tensor]:
+    def _model_state(self) -> dict[str, Any]:
         """The full weights under the names of GPT; every process must call it."""
         if not self._sharded():
             return self.model.state_dict()
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-        return get_model_state_dict(
-            self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-        )
+        return get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
     def _save(self) -> None:
         """Write last.pth: everything an exact resume needs."""
@@ -326,7 +326,7 @@ class Trainer:
             )
         self._barrier()
 
-    def _content(self, weights: dict[str, Tensor]) -> dict[str, Any]:
+    def _content(self, weights: dict[str, Any]) -> dict[str, Any]:
         return {
             "model": weights,
             "model_config": self.config.model.to_dict(),
@@ -438,9 +438,7 @@ class Trainer:
         self.optimizers.step(lr_factor(train, self.step, self.progress()))
         if self.ema is not None:
             with torch.no_grad():
-                torch._foreach_lerp_(
-                    list(self.ema.parameters()), list(self.model.parameters()), 1 - train.ema_decay
-                )
+                torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - train.ema_decay)
         self.step += 1
         return total
 
@@ -462,7 +460,7 @@ class Trainer:
 
     # --- evaluation ---
 
-    def evaluate(self, split: str, tokens: int | None = None, stride: int | None = None) -> evaluate.Perplexity:
+    def evaluate(self, split: str, tokens: int | None = None, stride: int | None = None) -> Perplexity:
         """Perplexity on the first `tokens` of a split (None: all). Every process must call it; all get the figure."""
         data = self.dataset.tokens[split][:tokens]
         stats = self.dataset.stats[split] if tokens is None or tokens >= len(self.dataset.tokens[split]) else None
@@ -475,7 +473,7 @@ class Trainer:
                 model = GPT(self.config.model).to(self.processes.device)
                 model.load_state_dict(weights)
             with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
-                result[0] = evaluate.perplexity(
+                result[0] = perplexity(
                     model,
                     data,
                     self.dataset.tokenizer.eos_id,
@@ -486,7 +484,7 @@ class Trainer:
             dist.broadcast_object_list(result, src=0)
         return result[0]
 
-    def _validate(self, tokens: int | None) -> evaluate.Perplexity:
+    def _validate(self, tokens: int | None) -> Perplexity:
         """Validate, and keep the weights as wiki-gpt.pth where they are the best so far."""
         valid = self.evaluate("valid", tokens)
         loss = valid.nats / valid.tokens
@@ -506,7 +504,7 @@ class Trainer:
         train = self.config.train
         self._board = self._open_board()
         self.model.train()
-        valid: evaluate.Perplexity | None = None
+        valid: Perplexity | None = None
         begin_seconds, begin = self.seconds, time.perf_counter()
         logged_step, logged_at = self.step, time.perf_counter()
         busy, trained = 0.0, 0  # seconds and steps spent in training alone
@@ -534,9 +532,7 @@ class Trainer:
                 if self.step % train.eval_interval == 0 and self.progress() < 1.0:
                     self._check(loss)
                     valid = self._validate(train.eval_tokens)
-                    self.log(
-                        f"step {self.step}: train loss {float(loss):.3f}, validation perplexity {valid.per_token:.1f}"
-                    )
+                    self.log(f"step {self.step}: train loss {float(loss):.3f}, validation perplexity {valid.per_token:.1f}")
                     self.model.train()
                     logged_step, logged_at = self.step, time.perf_counter()
                 if self.step % train.save_interval == 0:
@@ -566,7 +562,14 @@ class Trainer:
             plot_loss(self.directory)
         rate = trained * self.tokens_per_step / busy if busy > 0 else math.nan
         return Result(
-            self.directory, self.step, stopped, self.train_loss, valid, test, rate, time.perf_counter() - begin
+            self.directory,
+            self.step,
+            stopped,
+            self.train_loss,
+            valid,
+            test,
+            rate,
+            time.perf_counter() - begin,
         )
 
     def _stopped(self, interrupt: Interrupt) -> bool:
@@ -578,16 +581,17 @@ class Trainer:
         interrupt.signal = int(flag) or None
         return interrupt.signal is not None
 
-    def _test(self) -> evaluate.Perplexity:
+    def _test(self) -> Perplexity:
         """Test perplexity, sliding window, of the weights with the best validation loss."""
         result: list[Any] = [None]
         if self.processes.first:
             best = checkpoint.load_model(self.directory, self.processes.device).model
-            with torch.autocast(
-                self.processes.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"
-            ):
-                result[0] = evaluate.perplexity(
-                    best, self.dataset.tokens["test"], self.dataset.tokenizer.eos_id, stats=self.dataset.stats["test"]
+            with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
+                result[0] = perplexity(
+                    best,
+                    self.dataset.tokens["test"],
+                    self.dataset.tokenizer.eos_id,
+                    stats=self.dataset.stats["test"],
                 )
             self._record(test_perplexity=result[0].per_token)
         if self.processes.size > 1:

@@ -101,9 +101,7 @@ def code(rng: random.Random) -> tuple[list[Row], list[Row]]:
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    lines = (
-        json.dumps({"prompt": p, "completion": c}, ensure_ascii=False, separators=(",", ":")) for p, c in rows
-    )
+    lines = (json.dumps({"prompt": p, "completion": c}, ensure_ascii=False, separators=(",", ":")) for p, c in rows)
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
 
 

@@ -73,9 +73,7 @@ class Source:
         return [self.name, self.origin, self.fallback, state]
 
 
-def load_text(
-    dataset: str = "wikitext-2", data_dir: str | Path | None = None, cache_dir: str | Path | None = None
-) -> Text:
+def load_text(dataset: str = "wikitext-2", data_dir: str | Path | None = None, cache_dir: str | Path | None = None) -> Text:
     """The text called `dataset`: "wikitext-2", "wikitext-2-raw", "auto", "pydoc", or a path, folder or glob.
 
     WikiText-2 is taken from `data_dir` or WIKIGPT_DATA_DIR if one is set, else from the Hub, downloaded once.
@@ -128,13 +126,9 @@ def _read(path: Path) -> str:
     try:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text (byte {error.start:,}): convert it, e.g. iconv -f latin1 -t utf-8"
-        ) from None
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start:,}): convert it, e.g. iconv -f latin1 -t utf-8") from None
     except OSError as error:
-        raise UserError(
-            f"cannot read {path} ({error.strerror}): check the path and its permissions"
-        ) from None
+        raise UserError(f"cannot read {path} ({error.strerror}): check the path and its permissions") from None
     text = text.removeprefix("\ufeff").replace("\r\n", "\n")
     return text if text.endswith("\n") or not text else text + "\n"
 
@@ -230,9 +224,7 @@ def _download_rows(filename: str, revision: str) -> tuple[list[str], str]:
     commit = metadata.commit_hash or revision
     # A folder of our own, not the hub's cache: a broken download goes with it and cannot spoil the next one.
     with tempfile.TemporaryDirectory(prefix="wikigpt-") as folder:
-        path = Path(
-            hf_hub_download(HUB_REPO, filename, repo_type="dataset", revision=commit, local_dir=folder)
-        )
+        path = Path(hf_hub_download(HUB_REPO, filename, repo_type="dataset", revision=commit, local_dir=folder))
         digest = _sha256(path.read_bytes())
         if digest != metadata.etag:
             raise _corrupted(filename, f"its sha256 is {digest}, on the Hub it is {metadata.etag}")
@@ -240,9 +232,7 @@ def _download_rows(filename: str, revision: str) -> tuple[list[str], str]:
 
 
 def _corrupted(filename: str, reason: str) -> UserError:
-    return UserError(
-        f"the download of {filename} is corrupted ({reason}): try again, or give a local copy with --data-dir"
-    )
+    return UserError(f"the download of {filename} is corrupted ({reason}): try again, or give a local copy with --data-dir")
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
@@ -300,9 +290,7 @@ def _pydoc() -> dict[str, str]:
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise UserError(
-            "this Python has no pydoc_data: give your own files as --dataset path/to/*.txt"
-        ) from None
+        raise UserError("this Python has no pydoc_data: give your own files as --dataset path/to/*.txt") from None
     # Topics contain one another ("compound" has all of "if"). A paragraph stays in the longest topic that has
     # it, so that nothing held out was seen in training.
     seen: set[str] = set()
@@ -370,9 +358,7 @@ def _split(text: str, name: str) -> dict[str, str]:
     paragraphs = [i for i in filled if i == filled[0] or not lines[i - 1].strip()]
     starts = paragraphs if len(paragraphs) >= 20 else filled
     if len(starts) < 3:
-        raise UserError(
-            f"{name} has too few lines to split: give more text, or train.txt, valid.txt and test.txt"
-        )
+        raise UserError(f"{name} has too few lines to split: give more text, or train.txt, valid.txt and test.txt")
     held_out = max(1, round(len(starts) / 20))
     valid, test = starts[-2 * held_out], starts[-held_out]
     parts = lines[:valid], lines[valid:test], lines[test:]

@@ -92,9 +92,7 @@ def info(dataset: Dataset) -> "Table":
     return table
 
 
-def _tokenise(
-    source: Source, kind: str, vocab_size: int | None, tokenizer_json: dict[str, Any] | None
-) -> dict[str, bytes]:
+def _tokenise(source: Source, kind: str, vocab_size: int | None, tokenizer_json: dict[str, Any] | None) -> dict[str, bytes]:
     """The files of a folder of the cache, by name."""
     text = read(source)
     if tokenizer_json is None:
@@ -140,10 +138,7 @@ def _open(directory: Path) -> Dataset | None:
             origin=manifest["origin"],
             fallback=manifest["fallback"],
             tokenizer=tokenizer_from_json(json.loads((directory / "tokenizer.json").read_text("utf-8"))),
-            tokens={
-                split: np.memmap(directory / f"{split}.bin", dtype=manifest["dtype"], mode="r")
-                for split in SPLITS
-            },
+            tokens={split: np.memmap(directory / f"{split}.bin", dtype=manifest["dtype"], mode="r") for split in SPLITS},
             stats={split: SplitStats(**counts) for split, counts in manifest["stats"].items()},
             directory=directory,
             fingerprint=manifest["fingerprint"],

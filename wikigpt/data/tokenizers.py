@@ -94,14 +94,10 @@ class WordTokenizer(Tokenizer):
         <unk> and <eos> always; `vocab_size` types at most. Raises UserError for a vocab_size below 2.
         """
         if vocab_size is not None and vocab_size < 2:
-            raise UserError(
-                f"a word vocabulary of {vocab_size} is too small: it needs 2 (<unk> and <eos>) and words"
-            )
+            raise UserError(f"a word vocabulary of {vocab_size} is too small: it needs 2 (<unk> and <eos>) and words")
         counts = Counter(_words(text))
         counts.update({UNK: 0, EOS: 0})
-        words = [
-            word for word, count in counts.most_common() if count >= min_count and word not in (UNK, EOS)
-        ]
+        words = [word for word, count in counts.most_common() if count >= min_count and word not in (UNK, EOS)]
         kept = {UNK, EOS, *words[: None if vocab_size is None else vocab_size - 2]}
         return cls([word for word, _ in counts.most_common() if word in kept])
 
@@ -158,14 +154,10 @@ class BPETokenizer(Tokenizer):
 
         vocab_size = BPE_VOCAB_SIZE if vocab_size is None else vocab_size
         if vocab_size < 257:
-            raise UserError(
-                f"a BPE vocabulary of {vocab_size} is too small: it needs 257 (the bytes and <eos>)"
-            )
+            raise UserError(f"a BPE vocabulary of {vocab_size} is too small: it needs 257 (the bytes and <eos>)")
         model = Model(BPE())
         model.pre_tokenizer = ByteLevel(add_prefix_space=False)
-        trainer = BpeTrainer(
-            vocab_size=vocab_size - 1, initial_alphabet=ByteLevel.alphabet(), show_progress=False
-        )
+        trainer = BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
         model.train_from_iterator(_lines(text), trainer)
         trained = json.loads(model.to_str())["model"]
         return cls(sorted(trained["vocab"], key=trained["vocab"].__getitem__), trained["merges"])
@@ -175,9 +167,7 @@ class BPETokenizer(Tokenizer):
         lines = _lines(_without_surrogates(text))
         chunks = [
             np.fromiter(
-                chain.from_iterable(
-                    line.ids for line in self._model.encode_batch_fast(lines[i : i + _CHUNK])
-                ),
+                chain.from_iterable(line.ids for line in self._model.encode_batch_fast(lines[i : i + _CHUNK])),
                 dtype=np.int64,
             )
             for i in range(0, len(lines), _CHUNK)
@@ -243,9 +233,7 @@ def train_tokenizer(kind: str, text: str, vocab_size: int | None = None) -> Toke
     if kind != "byte":
         raise UserError(f"unknown tokenizer {kind!r}: use one of {', '.join(KINDS)}")
     if vocab_size not in (None, ByteTokenizer.vocab_size):
-        raise UserError(
-            f"the byte vocabulary has 257 tokens, not {vocab_size}: leave out the vocabulary size"
-        )
+        raise UserError(f"the byte vocabulary has 257 tokens, not {vocab_size}: leave out the vocabulary size")
     return ByteTokenizer()
 
 

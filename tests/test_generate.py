@@ -1,0 +1,445 @@
+"""Text generation: sampling, the cache, batches, streaming. Models are tiny and random, all on the CPU."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wikigpt.data import BPETokenizer, ByteTokenizer, WordTokenizer
+from wikigpt.errors import UserError
+from wikigpt.generate import complete, generate, sample
+from wikigpt.model import GPT, GPTConfig
+
+VOCAB, CONTEXT = 97, 24
+
+
+def make_model(vocab_size=VOCAB, context_length=CONTEXT, **config):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=vocab_size, context_length=context_length, n_layer=2, n_head=2, n_embd=32, **config))
+    for p in model.parameters():
+        if p.dim() > 1:
+            # Wider than GPT-2's, so that the tokens depend on the whole prompt.
+            torch.nn.init.normal_(p, std=0.3)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def random_prompts(*lengths):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+def one_by_one(model, prompt, max_new_tokens):
+    """Greedy generation without a cache, for what fits into the context."""
+    tokens = list(prompt)
+    with torch.no_grad():
+        for _ in range(max_new_tokens):
+            tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+# ---- sample ----
+
+
+def support(logits, draws=2000, **arguments):
+    """The ids that ever come out of `sample` for one row of logits."""
+    generator = torch.Generator().manual_seed(3)
+    return set(sample(logits.expand(draws, -1), generator=generator, **arguments).tolist())
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_follow_the_softmax(temperature):
+    draws = 200_000
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    ids = sample(logits.expand(draws, -1), temperature, generator=torch.Generator().manual_seed(1))
+    expected = torch.softmax(logits.double() / temperature, 0) * draws
+    chi_square = ((torch.bincount(ids, minlength=50) - expected).square() / expected).sum()
+    # 49 degrees of freedom: mean 49, standard deviation 9.9; above 94.0 once in 10,000 times.
+    assert chi_square < 94.0
+
+
+def test_draws_follow_the_renormalised_nucleus():
+    draws = 200_000
+    probabilities = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
+    ids = sample(probabilities.log().expand(draws, -1), top_p=0.8, generator=torch.Generator().manual_seed(1))
+    expected = torch.tensor([0.4, 0.3, 0.15]) / 0.85 * draws
+    counts = torch.bincount(ids, minlength=5)[[1, 3, 4]]
+    assert counts.sum() == draws
+    # 2 degrees of freedom: above 18.4 once in 10,000 times.
+    assert ((counts - expected).square() / expected).sum() < 18.4
+
+
+def test_each_row_has_its_own_distribution():
+    logits = torch.full((40, 40), -math.inf).fill_diagonal_(0.0)
+    assert sample(logits).tolist() == list(range(40))
+
+
+def test_temperature_zero_takes_the_likeliest():
+    logits = torch.randn(20, 500, generator=torch.Generator().manual_seed(0))
+    assert sample(logits, 0).equal(logits.argmax(-1))
+
+
+def test_a_vanishing_temperature_takes_the_likeliest():
+    logits = torch.randn(20, 500, generator=torch.Generator().manual_seed(0))
+    assert sample(logits, 1e-300).equal(logits.argmax(-1))
+
+
+def test_top_k_keeps_exactly_the_k_likeliest():
+    assert support(torch.tensor([0.1, 0.9, -0.3, 0.5, 0.7]), top_k=3) == {1, 3, 4}
+
+
+def test_top_k_keeps_k_tokens_among_equals():
+    assert len(support(torch.zeros(10), top_k=3)) == 3
+
+
+def test_top_k_beyond_the_vocabulary_keeps_all():
+    assert support(torch.zeros(5), top_k=100) == set(range(5))
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [(0.3, {1}), (0.39, {1}), (0.41, {1, 3}), (0.69, {1, 3}), (0.84, {1, 3, 4}), (1.0, {0, 1, 2, 3, 4})],
+)
+def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p, kept):
+    assert support(torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]).log(), top_p=top_p) == kept
+
+
+def test_top_p_of_many_tokens_is_the_head_of_the_sorted_ones():
+    logits = 2 * torch.randn(300, generator=torch.Generator().manual_seed(0))
+    order = logits.argsort(descending=True)
+    mass = torch.softmax(logits.double() / 0.7, 0)[order].cumsum(0)
+    nucleus = order[: int((mass < 0.9).sum()) + 1].tolist()
+    assert support(logits, draws=100_000, temperature=0.7, top_p=0.9) == set(nucleus)
+
+
+def test_top_p_counts_the_mass_that_top_k_left():
+    # 0.4 and 0.3 of 0.7: the first alone is 57 %.
+    assert support(torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]).log(), top_k=2, top_p=0.55) == {1}
+
+
+@pytest.mark.parametrize(("min_p", "kept"), [(0.0, {0, 1, 2, 3}), (0.3, {0, 1, 3}), (0.6, {1, 3}), (1.0, {1})])
+def test_min_p_keeps_what_reaches_this_fraction_of_the_likeliest(min_p, kept):
+    assert support(torch.tensor([0.19, 0.43, 0.08, 0.3]).log(), min_p=min_p) == kept
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 1.0}, {"min_p": 0.0}])
+def test_a_token_with_logit_minus_infinity_is_never_drawn(filters):
+    logits = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf])
+    assert support(logits, **filters) == {1, 3}
+
+
+@pytest.mark.parametrize(("extreme", "drawn"), [(0.0, 1), (1.0, 3)])
+def test_the_extreme_random_numbers_draw_no_impossible_token(monkeypatch, extreme, drawn):
+    def rand(shape, **options):
+        options.pop("generator")
+        return torch.full(shape, extreme, **options)
+
+    monkeypatch.setattr(torch, "rand", rand)
+    assert sample(torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]])).tolist() == [drawn]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_logits_of_any_floating_dtype_can_be_sampled(dtype):
+    assert support(torch.tensor([-50.0, 5.0, -50.0, 5.0], dtype=dtype)) == {1, 3}
+
+
+def test_the_same_generator_state_gives_the_same_draws():
+    logits = torch.randn(500, 30, generator=torch.Generator().manual_seed(0))
+    a, b = (sample(logits, generator=torch.Generator().manual_seed(7)) for _ in range(2))
+    assert a.equal(b)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -0.1},
+        {"temperature": math.inf},
+        {"temperature": math.nan},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.01},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+    ],
+    ids=str,
+)
+def test_an_argument_out_of_range_is_named(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        sample(torch.zeros(1, 5), **wrong)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("row", [[0.0, math.nan, 1.0], [0.0, math.inf, 1.0], [-math.inf] * 3], ids=["nan", "inf", "minus inf"])
+def test_logits_that_are_no_distribution_are_refused(row, temperature):
+    with pytest.raises(ValueError, match="logits"):
+        sample(torch.tensor([[0.0, 0.0, 0.0], row]), temperature)
+
+
+# ---- generate ----
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"position": "rotary", "norm": "rmsnorm", "activation": "swiglu", "n_kv_head": 1},
+        {"position": "alibi"},
+    ],
+    ids=["learned", "rotary", "alibi"],
+)
+def test_the_cache_changes_no_token(config):
+    model = make_model(**config)
+    [prompt] = random_prompts(7)
+    assert generate(model, [prompt], 17, temperature=0) == [one_by_one(model, prompt, 17)]
+
+
+def test_a_batch_of_different_lengths_gives_what_each_prompt_gives_alone(model):
+    prompts = random_prompts(5, 3, 5, 1, 12, 3)
+    alone = [one_by_one(model, prompt, 8) for prompt in prompts]
+    assert generate(model, prompts, 8, temperature=0) == alone
+
+
+def test_a_large_batch_gives_what_each_prompt_gives_alone():
+    # From 4 rows and 32 new tokens on, the head is multiplied in another layout.
+    model = make_model(context_length=64)
+    prompts = random_prompts(4, 4, 4, 4, 4)
+    alone = [one_by_one(model, prompt, 40) for prompt in prompts]
+    assert generate(model, prompts, 40, temperature=0) == alone
+
+
+def test_prompts_can_be_a_tensor(model):
+    prompts = random_prompts(5, 5)
+    new = generate(model, torch.tensor(prompts), 4, temperature=0)
+    assert new == generate(model, prompts, 4, temperature=0)
+
+
+def test_a_full_context_drops_its_older_half(model):
+    [prompt] = random_prompts(CONTEXT)
+    expected, window = [], prompt
+    for _ in range(2 * CONTEXT):
+        if len(window) > CONTEXT:
+            window = window[-CONTEXT // 2 :]
+        expected += one_by_one(model, window, 1)
+        window = [*window, expected[-1]]
+    assert generate(model, [prompt], 2 * CONTEXT, temperature=0) == [expected]
+
+
+def test_a_context_of_one_token_is_enough():
+    model = make_model(context_length=1)
+    [new] = generate(model, [[3]], 4, temperature=0)
+    assert new == [one_by_one(model, [token], 1)[0] for token in [3, *new[:-1]]]
+
+
+def test_the_same_seed_gives_the_same_tokens(model):
+    prompts = random_prompts(4, 6, 4)
+    assert generate(model, prompts, 12, seed=5) == generate(model, prompts, 12, seed=5)
+
+
+def test_another_seed_gives_other_tokens(model):
+    prompts = random_prompts(4, 6, 4)
+    assert generate(model, prompts, 12, seed=5) != generate(model, prompts, 12, seed=6)
+
+
+def test_rows_of_the_same_prompt_are_drawn_independently(model):
+    a, b = generate(model, random_prompts(4) * 2, 12, temperature=3.0, seed=5)
+    assert a != b
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=str)
+def test_sampling_arguments_reach_the_sampler(model, filters):
+    prompts = random_prompts(5)
+    greedy = generate(model, prompts, 8, temperature=0)
+    assert generate(model, prompts, 8, temperature=3.0, **filters) == greedy
+
+
+def test_each_row_ends_with_its_first_eos(model):
+    prompts = random_prompts(5, 5, 5)
+    full = generate(model, prompts, 10, temperature=0)
+    eos = full[0][3]
+    ended = [row[: row.index(eos) + 1] if eos in row else row for row in full]
+    assert generate(model, prompts, 10, temperature=0, eos_id=eos) == ended
+
+
+def test_the_stream_shows_each_token_of_each_row_once(model):
+    streamed: list[list[int]] = [[], [], []]
+    prompts = random_prompts(5, 3, 5)
+    eos = generate(model, prompts, 10, temperature=0)[0][3]
+    new = generate(model, prompts, 10, temperature=0, eos_id=eos, stream=lambda row, token: streamed[row].append(token))
+    assert streamed == new
+
+
+def test_an_empty_prompt_starts_from_eos(model):
+    without = generate(model, [[]], 6, temperature=0, eos_id=11)
+    assert without == generate(model, [[11]], 6, temperature=0, eos_id=11)
+
+
+def test_an_empty_prompt_without_eos_is_refused(model):
+    with pytest.raises(ValueError, match="prompt_ids"):
+        generate(model, [[1], []], 6)
+
+
+def test_no_new_tokens_are_none(model):
+    assert generate(model, random_prompts(3, 4), 0) == [[], []]
+
+
+def test_a_negative_number_of_tokens_is_refused(model):
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        generate(model, [[1]], -1)
+
+
+def test_a_prompt_longer_than_the_context_names_both_lengths(model):
+    with pytest.raises(UserError, match=rf"{CONTEXT + 1} tokens.*\b{CONTEXT}\b"):
+        generate(model, random_prompts(CONTEXT + 1), 1)
+
+
+@pytest.mark.parametrize("token", [VOCAB, -1])
+def test_a_token_outside_the_vocabulary_is_named(model, token):
+    with pytest.raises(UserError, match=f"id {token} .*vocabulary of {VOCAB}"):
+        generate(model, [[1, token]], 1)
+
+
+def test_dropout_is_off_while_generating():
+    model = make_model(dropout=0.5)
+    prompts = random_prompts(5)
+    expected = generate(model, prompts, 10, temperature=0)
+    model.train()
+    assert generate(model, prompts, 10, temperature=0) == expected
+
+
+def test_the_model_is_in_training_mode_again_after_a_failure():
+    def fail(row, token):
+        raise KeyboardInterrupt
+
+    model = make_model(dropout=0.5).train()
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, [[1]], 3, stream=fail)
+    assert model.training
+    assert model.blocks[0].mlp.dropout.training
+
+
+def test_generation_runs_in_inference_mode(model):
+    modes = []
+    generate(model, [[1]], 2, stream=lambda row, token: modes.append(torch.is_inference_mode_enabled()))
+    assert modes == [True, True]
+
+
+# ---- complete ----
+
+TEXT = "He said \" the cat 's hat ( red ) cost $ 5 @.@ 50 \" , do n't you ?\n = = Cats = = \nA well @-@ fed cat .\n"
+WORD = WordTokenizer.train(TEXT)
+BPE = BPETokenizer.train("the cat sat on the mat, caf\u00e9 \U0001f600.\n" * 20, 300)
+
+
+def scripted(ids, tokenizer, prompt, model=None, **arguments):
+    """(returned text, pieces that were streamed) where the model would choose `ids`."""
+
+    def choose(model, rows, max_new_tokens, *, stream, **others):
+        for token in ids:
+            stream(0, token)
+        return [list(ids)]
+
+    pieces: list[str] = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("wikigpt.generate.generate", choose)
+        [text] = complete(model, tokenizer, [prompt], 99, stream_text=pieces.append, **arguments)
+    return text, pieces
+
+
+@pytest.mark.parametrize("tokenizer", [BPE, ByteTokenizer(), WORD], ids=lambda tokenizer: tokenizer.kind)
+def test_text_goes_in_and_text_comes_out(tokenizer):
+    model = make_model(vocab_size=tokenizer.vocab_size, context_length=64)
+    prompts = ["the cat", "A"]
+    rows = [tokenizer.encode(prompt).tolist() for prompt in prompts]
+    new = generate(model, rows, 12, seed=1, eos_id=tokenizer.eos_id)
+    texts = complete(model, tokenizer, prompts, 12, seed=1)
+    for prompt, row, ids, text in zip(prompts, rows, new, texts):
+        if ids[-1] == tokenizer.eos_id:
+            ids.pop()
+        assert prompt + text == tokenizer.decode(row + ids, pretty=tokenizer.kind == "word")
+
+
+@pytest.mark.parametrize("text", ["caf\u00e9 \U0001f600\u20ac!", "\U0001f600" * 4, "plain"])
+@pytest.mark.parametrize("tokenizer", [BPE, ByteTokenizer()], ids=lambda tokenizer: tokenizer.kind)
+def test_no_piece_holds_half_a_character(tokenizer, text):
+    returned, pieces = scripted(tokenizer.encode(text).tolist(), tokenizer, "the cat")
+    assert returned == "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_bytes_come_as_soon_as_a_character_is_whole():
+    _, pieces = scripted(ByteTokenizer().encode("a\u00e9b").tolist(), ByteTokenizer(), "x")
+    assert pieces == ["a", "\u00e9", "b"]
+
+
+def test_bytes_that_never_make_a_character_come_at_the_end():
+    returned, pieces = scripted([97, 0xE2, 0x82], ByteTokenizer(), "x")
+    assert returned == "".join(pieces) == "a\ufffd"
+
+
+def test_words_stream_one_by_one():
+    ids = WORD.encode("the cat cost $ 5 ,").tolist()
+    assert scripted(ids, WORD, "He said")[1] == [" the", " cat", " cost", " $", "5", ","]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words", "text"),
+    [
+        ("the cat", ", do n't you ?", ", don't you?"),
+        ("the cat", "'s hat", "'s hat"),
+        ("A well", "@-@ fed cat", "-fed cat"),
+        ("A well @-@", "fed cat", "fed cat"),
+        ("the hat (", "red ) .", "red)."),
+        ('He said " the', 'cat " .', ' cat".'),
+        ('He said "', 'the cat " .', 'the cat".'),
+        ("= =", "Cats = =", " Cats =="),
+        ("", "the cat", "the cat"),
+        ("A cat .\n", "He said", "He said"),
+        ("zebra", "cat", " cat"),
+    ],
+)
+def test_words_are_put_right_behind_the_prompt(prompt, words, text):
+    assert scripted(WORD.encode(words).tolist(), WORD, prompt)[0] == text
+
+
+@given(
+    prompt=st.lists(st.sampled_from(range(WORD.vocab_size)), max_size=8),
+    new=st.lists(st.sampled_from(range(WORD.vocab_size)), max_size=16),
+)
+@settings(deadline=None, max_examples=300, derandomize=True)
+def test_streamed_words_add_up_to_the_text(prompt, new):
+    text, pieces = scripted(new, WORD, WORD.decode(prompt), stop_at_eos=False)
+    assert "".join(pieces) == text
+
+
+def test_the_final_eos_is_not_in_the_text():
+    text, pieces = scripted([*WORD.encode("the cat").tolist(), WORD.eos_id], WORD, "A")
+    assert text == "".join(pieces) == " the cat"
+
+
+def test_generation_goes_on_after_eos_where_asked():
+    model = make_model(vocab_size=WORD.vocab_size, context_length=64)
+    model.head.weight.data[WORD.eos_id] *= 20  # now <eos> comes often
+    stopped = complete(model, WORD, ["the cat"], 30, seed=0)[0]
+    through = complete(model, WORD, ["the cat"], 30, seed=0, stop_at_eos=False)[0]
+    assert "\n" not in stopped
+    assert through.startswith(stopped + "\n")
+
+
+def test_only_one_prompt_can_be_streamed(model):
+    with pytest.raises(ValueError, match="stream_text"):
+        complete(model, WORD, ["the", "cat"], 3, stream_text=print)
+
+
+def test_streamed_text_of_a_model_adds_up_to_its_text():
+    model = make_model(vocab_size=257, context_length=64)
+    for seed in range(5):
+        pieces: list[str] = []
+        [text] = complete(model, ByteTokenizer(), ["the"], 50, seed=seed, stream_text=pieces.append)
+        assert "".join(pieces) == text
+        assert "" not in pieces
