@@ -1,6 +1,6 @@
 // Linear layer + cross-entropy on the CPU, with its gradients, without the (tokens x vocabulary) matrix of logits.
 //
-// Tokens go in chunks whose logits fit 32 MiB. Each thread owns a range of vocabulary tiles. Pass 1 makes the logits of a
+// Tokens go in chunks whose logits fit 64 MiB. Each thread owns a range of vocabulary tiles. Pass 1 makes the logits of a
 // tile, stores their exponentials and keeps a running maximum and sum of them per token (online softmax); when every tile
 // is done the log-sum-exp is known, and pass 2 scales each tile to d loss / d logits and multiplies it, still in cache, into
 // dW (owned by the thread) and dH (a partial sum per thread, added in thread order: the result repeats bit for bit for a
@@ -23,7 +23,7 @@ namespace {
 
 constexpr int64_t kTileRows = 96;                      // vocabulary rows of a tile: 96 x 128 features are 48 KiB
 constexpr int64_t kChunkRows = 256;                    // tokens of a chunk at most
-constexpr int64_t kChunkBytes = int64_t{32} << 20;     // logits of a chunk at most
+constexpr int64_t kChunkBytes = int64_t{64} << 20;     // logits of a chunk at most
 constexpr int64_t kMaxLanes = 32;
 
 struct Problem {
@@ -184,7 +184,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cr
 
   for (c.begin = 0; c.begin < n; c.begin += rows) {
     c.count = std::min(rows, n - c.begin);
-    c.rows = rows;
+    c.rows = lanes(c.count);
     k.pack(p, c);
     for (int64_t t = 0; t < threads; ++t) {
       std::fill_n(running + t * 3 * rows, rows, -std::numeric_limits<float>::infinity());
@@ -196,7 +196,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cr
       k.forward_tile(p, c, t, l, tile_max + t.begin / kTileRows * rows, run);
     });
 
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = 0; r < c.rows; ++r) {
       c.lse[r] = 0.0f, c.softmax_scale[r] = 0.0f, c.shift[r] = 0.0f, c.target_scale[r] = 0.0f;
       if (r >= c.count) continue;
       double top = -std::numeric_limits<double>::infinity(), sum = 0.0, total = 0.0;

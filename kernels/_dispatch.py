@@ -1,8 +1,8 @@
 """Which implementation of an op runs: one small table for all ops.
 
 Every op registers its implementations here in order of preference; `choose` takes the first that this machine and these
-inputs allow. `backend("reference")` (context manager) or the environment variable WIKIGPT_BACKEND (read at import) force one, and
-forcing what is not available raises with the reason.
+inputs allow. `backend("reference")` (context manager) or the environment variable WIKIGPT_BACKEND (read at import) force
+one, and forcing what is not available raises with the reason.
 """
 
 from __future__ import annotations

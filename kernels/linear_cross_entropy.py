@@ -60,7 +60,7 @@ def linear_cross_entropy_reference(
 # --- kernel: chunks of tokens on the CPU ----------------------------------------------------------------------------
 
 # Logits of a chunk: small enough for the last-level cache, enough rows to keep the matrix products efficient.
-_CHUNK_BYTES = 32 << 20
+_CHUNK_BYTES = 64 << 20
 
 
 def _chunked_cpu(

@@ -562,7 +562,7 @@ TEXT = (
     " \n = Cats = \n \n The cat sat on the mat . \n The <unk> sat ; don 't . \n"
     "def f ( x ) :\n    return x  # naïve 日本\n\n\n The mat .\n"
 ) * 3
-TOKENIZERS = {
+TOKENIZERS: dict[str, Any] = {
     "word": WordTokenizer.train(TEXT, min_count=2),
     "bpe": BPETokenizer.train(TEXT, 300),
     "byte": ByteTokenizer(),
@@ -574,6 +574,12 @@ ANY_TEXT = st.text(
     )
 )
 TEXTS = st.lists(st.one_of(ANY_TEXT, st.sampled_from(["<eos>", "<unk>", " ", "\n", "cat", "The", " sat"]))).map("".join)
+
+
+def loaded_tokenizer(directory):
+    tokenizer = load_tokenizer(directory)
+    assert tokenizer is not None
+    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -635,7 +641,7 @@ def test_generation_stops_at_our_end_of_text(saved, kind):
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_our_tokenizer_comes_back_exactly(saved, kind):
-    loaded = load_tokenizer(saved[kind][0])
+    loaded = loaded_tokenizer(saved[kind][0])
     assert loaded.fingerprint() == TOKENIZERS[kind].fingerprint()
 
 
@@ -643,6 +649,7 @@ def test_our_tokenizer_comes_back_exactly(saved, kind):
 def test_load_model_gives_a_saved_model_and_its_tokenizer(saved, kind):
     loaded = checkpoint.load_model(saved[kind][0], backend="reference")
     assert loaded.model.config.backend == "reference"
+    assert loaded.tokenizer is not None
     assert loaded.tokenizer.fingerprint() == TOKENIZERS[kind].fingerprint()
 
 
@@ -665,7 +672,7 @@ def gpt2_tokenizer(request, tmp_path):
     """A directory as the Hub has it for GPT-2, and transformers' tokenizer for it."""
     bpe = TOKENIZERS["bpe"]
     vocab = {token: i for i, token in enumerate([*bpe.vocab, "<|endoftext|>"])}
-    tokenizer = transformers.GPT2Tokenizer(vocab=vocab, merges=[tuple(pair) for pair in bpe.merges])
+    tokenizer = transformers.GPT2Tokenizer(vocab=vocab, merges=[*map(tuple, bpe.merges)])  # type: ignore[list-item]
     if request.param == "tokenizer.json":
         tokenizer.save_pretrained(tmp_path)
     else:
@@ -677,16 +684,16 @@ def gpt2_tokenizer(request, tmp_path):
 @pytest.mark.parametrize("text", [TEXT, "a\n\n\n  b\r\n", "cat<|endoftext|>sat", "", "😀 é"])
 def test_a_gpt2_tokenizer_gives_the_ids_of_transformers(gpt2_tokenizer, text):
     directory, expected = gpt2_tokenizer
-    assert load_tokenizer(directory).encode(text).tolist() == expected(text)["input_ids"]
+    assert loaded_tokenizer(directory).encode(text).tolist() == expected(text)["input_ids"]
 
 
 def test_a_gpt2_tokenizer_decodes_what_it_encodes(gpt2_tokenizer):
-    tokenizer = load_tokenizer(gpt2_tokenizer[0])
+    tokenizer = loaded_tokenizer(gpt2_tokenizer[0])
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
 
 
 def test_a_gpt2_tokenizer_knows_its_end_of_text_and_size(gpt2_tokenizer):
-    tokenizer = load_tokenizer(gpt2_tokenizer[0])
+    tokenizer = loaded_tokenizer(gpt2_tokenizer[0])
     assert (tokenizer.eos_id, tokenizer.vocab_size) == (
         len(TOKENIZERS["bpe"].vocab),
         len(TOKENIZERS["bpe"].vocab) + 1,
@@ -694,7 +701,7 @@ def test_a_gpt2_tokenizer_knows_its_end_of_text_and_size(gpt2_tokenizer):
 
 
 def test_a_tokenizer_of_the_hub_survives_a_checkpoint(gpt2_tokenizer):
-    tokenizer = load_tokenizer(gpt2_tokenizer[0])
+    tokenizer = loaded_tokenizer(gpt2_tokenizer[0])
     again = tokenizer_from_json(json.loads(json.dumps(tokenizer.to_json())))
     assert again.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
     assert again.fingerprint() == tokenizer.fingerprint()
@@ -702,7 +709,7 @@ def test_a_tokenizer_of_the_hub_survives_a_checkpoint(gpt2_tokenizer):
 
 def test_a_tokenizer_of_the_hub_is_saved_again(gpt2_tokenizer, tmp_path):
     directory, expected = gpt2_tokenizer
-    tokenizer = load_tokenizer(directory)
+    tokenizer = loaded_tokenizer(directory)
     save_pretrained(ours(vocab_size=320), tmp_path / "new", tokenizer)
     loaded = AutoTokenizer.from_pretrained(tmp_path / "new")
     text = TEXT + "<|endoftext|>"
@@ -727,7 +734,7 @@ def test_the_end_of_text_is_what_the_directory_says(tmp_path, settings_, config)
     (tmp_path / "config.json").write_text(json.dumps(config))
     if settings_ is not None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings_))
-    assert load_tokenizer(tmp_path).eos_id == 1
+    assert loaded_tokenizer(tmp_path).eos_id == 1
 
 
 def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path):

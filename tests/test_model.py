@@ -82,14 +82,23 @@ def test_decoding_with_a_cache_gives_the_logits_of_one_forward_pass(choice, pref
 @pytest.mark.parametrize("choice", ATTENTIONS)
 def test_a_cache_holds_as_many_heads_as_there_are_for_keys(choice):
     cache = make(**choice).make_cache(3)
-    assert cache.data.shape == (2, 2, 3, choice["n_kv_head"], CONTEXT, 8)
+    shapes = {tensor.shape for layer in cache.layers for tensor in layer}
+    assert shapes == {(3, choice["n_kv_head"], CONTEXT, 8)}
 
 
 def test_a_cache_has_the_dtype_that_autocast_computes_in():
     model = make(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        assert model.make_cache(1).data.dtype == torch.bfloat16
-    assert model.make_cache(1).data.dtype == torch.float32
+        half = model.make_cache(1)
+    assert {tensor.dtype for layer in half.layers for tensor in layer} == {torch.bfloat16}
+    assert {tensor.dtype for layer in model.make_cache(1).layers for tensor in layer} == {torch.float32}
+
+
+def test_a_cache_works_where_gradients_are_recorded():
+    model, idx = make(), tokens()
+    cache = model.make_cache(2)
+    steps = torch.cat([model(piece, cache=cache) for piece in idx.split(8, dim=1)], dim=1)
+    assert_close(steps, model(idx))
 
 
 @pytest.mark.parametrize("choice", ATTENTIONS)

@@ -77,8 +77,12 @@ class KVCache:
     def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype):
         assert config.n_kv_head is not None
         assert config.head_dim is not None
-        shape = (2, batch_size, config.n_kv_head, config.context_length, config.head_dim)
-        self.layers = [torch.empty(shape, device=device, dtype=dtype).unbind() for _ in range(config.n_layer)]
+        shape = (batch_size, config.n_kv_head, config.context_length, config.head_dim)
+        # Not views of one tensor: autograd lets nobody write into those of unbind().
+        self.layers = [
+            (torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype))
+            for _ in range(config.n_layer)
+        ]
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,7 +263,7 @@ class GPT(nn.Module):
             raise ValueError(f"idx: {idx.shape[1]} positions, the model's context_length is {self.config.context_length}")
         weights: list[Tensor] = []
 
-        def look(attn: nn.Module, args: tuple[Any, ...]) -> None:
+        def look(attn: Any, args: tuple[Any, ...]) -> None:
             assert isinstance(attn, Attention)
             x, rotary, mask, _ = args
             q, k, _ = attn.heads(x, rotary)
