@@ -80,18 +80,17 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def tests(args: argparse.Namespace) -> dict[str, Any]:
-    """The tests marked `gpu` (on a CPU: the model's and the ops' own, to prove that this part works)."""
-    selection = (
-        ["-m", "gpu", "tests"] if args.device == "cuda" else ["tests/test_linear_cross_entropy.py", "tests/test_dispatch.py"]
-    )
+    """The tests marked `gpu` (on a CPU: some of the ops' own, to prove that this part works)."""
+    # Only files that hold such tests are collected: the others may need packages that a GPU machine lacks.
+    marked = sorted(str(p) for p in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in p.read_text())
+    selection = ["-m", "gpu", *marked] if args.device == "cuda" else ["tests/test_dispatch.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selection]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     tail = (done.stdout + done.stderr).strip().splitlines()[-30:]
     print("\n".join(tail))
-    # 5: no test is marked gpu.
     return {
         "exit_code": done.returncode,
-        "passed": done.returncode in (0, 5),
+        "passed": done.returncode == 0,
         "summary": tail[-1] if tail else "",
         "tail": tail,
     }

@@ -512,8 +512,10 @@ class Trainer:
         with Interrupt() as interrupt:
             while self.progress() < 1.0:
                 loss = self.train_step()
+                # Time in validation and saving counts too: the limit is what the user waits.
                 self.seconds = begin_seconds + time.perf_counter() - begin
-                if self._stopped(interrupt):
+                self._agree(interrupt)
+                if interrupt.signal is not None:
                     break
                 due = self.step % train.log_interval == 0 or self.progress() >= 1.0
                 if due:
@@ -539,8 +541,6 @@ class Trainer:
                     self._check(loss)
                     self._save()
                     logged_step, logged_at = self.step, time.perf_counter()
-                # Time in validation and saving counts too: the limit is what the user waits.
-                self.seconds = begin_seconds + time.perf_counter() - begin
         self.train_loss = self._check(loss) if self.step > 0 else math.nan
         stopped = interrupt.signal is not None
         test = None
@@ -572,14 +572,14 @@ class Trainer:
             time.perf_counter() - begin,
         )
 
-    def _stopped(self, interrupt: Interrupt) -> bool:
-        """Whether any process was asked to stop; they agree, so that none waits for another for ever."""
+    def _agree(self, interrupt: Interrupt) -> None:
+        """Whether to stop and what the clock says, the same for all processes, so that none waits for another for ever."""
         if self.processes.size == 1:
-            return interrupt.signal is not None
-        flag = torch.tensor(interrupt.signal or 0, device=self.processes.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        interrupt.signal = int(flag) or None
-        return interrupt.signal is not None
+            return
+        both = torch.tensor([interrupt.signal or 0, self.seconds], dtype=torch.float64, device=self.processes.device)
+        dist.all_reduce(both, op=dist.ReduceOp.MAX)
+        interrupt.signal = int(both[0]) or None
+        self.seconds = float(both[1])
 
     def _test(self) -> Perplexity:
         """Test perplexity, sliding window, of the weights with the best validation loss."""

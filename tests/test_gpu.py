@@ -1,0 +1,66 @@
+"""The model and its training on a CUDA device, against the CPU. Runs by itself where a GPU is present."""
+
+import copy
+
+import pytest
+import torch
+
+from wikigpt.config import resolve
+from wikigpt.data import prepare
+from wikigpt.generate import generate
+from wikigpt.model import GPT, GPTConfig
+from wikigpt.train import Processes, Trainer
+
+pytestmark = pytest.mark.gpu
+
+LLAMA = {"position": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "n_kv_head": 2}
+
+
+def make_model(**options):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(vocab_size=1000, context_length=128, n_layer=2, n_head=4, n_embd=128, **options))
+
+
+@pytest.mark.parametrize("options", [{}, LLAMA, {"position": "alibi"}], ids=["gpt2", "llama", "alibi"])
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_loss_and_gradients_equal_those_of_the_cpu_in_float64(options, backend):
+    truth = make_model(**options, backend="reference").double()
+    model = copy.deepcopy(truth).cuda()
+    for module in model.modules():
+        if hasattr(module, "backend"):
+            module.backend = backend
+    model.config.backend = backend
+    x = torch.randint(1000, (3, 100))
+    expected, loss = truth(x, x.roll(-1, 1)), model(x.cuda(), x.roll(-1, 1).cuda())
+    expected.backward()
+    loss.backward()
+    torch.testing.assert_close(loss.cpu().double(), expected, rtol=1e-9, atol=1e-9)
+    for (name, p), q in zip(truth.named_parameters(), model.parameters()):
+        torch.testing.assert_close(q.grad.cpu(), p.grad, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_generation_with_the_cache_equals_the_full_forward():
+    model = make_model(**LLAMA).double().cuda().eval()
+    prompt = torch.randint(1000, (2, 20)).cuda()
+    made = generate(model, prompt, 10, temperature=0)
+    ids = prompt
+    for _ in range(10):
+        ids = torch.cat((ids, model(ids)[:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert made == ids[:, 20:].tolist()
+
+
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_training_on_the_gpu_learns_and_resumes(tmp_path, monkeypatch, compiled):
+    monkeypatch.setenv("WIKIGPT_CACHE_DIR", str(tmp_path / "cache"))
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat and the dog sat on the log\n" * 400)
+    changes = [f"dataset={text}", "n_layer=2", "n_head=2", "n_embd=64", "context_length=32", "batch_size=8", "lr=1e-2",
+               "precision=bf16", "tensorboard=false", f"compile={compiled}", "device=cuda"]  # fmt: skip
+    losses = []
+    for resume, steps in ((False, 30), (True, 40)):
+        config = resolve(None, None, [*changes, f"steps={steps}"])
+        dataset = prepare(config.data.dataset, "word")
+        trainer = Trainer(config, dataset, tmp_path / "run", Processes(0, 1, torch.device("cuda")), resume)
+        losses.append(trainer.run().train_loss)
+    assert losses[0] < 1.0
+    assert losses[1] <= losses[0] + 0.05
