@@ -98,16 +98,19 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.config, self.layer = config, layer
-        q_size, kv_size = config.n_head * config.head_dim, config.n_kv_head * config.head_dim  # type: ignore[operator]
-        self.split = [q_size, kv_size, kv_size]
-        self.qkv = nn.Linear(config.n_embd, sum(self.split), bias=config.bias)
-        self.proj = nn.Linear(q_size, config.n_embd, bias=config.bias)
+        assert config.n_kv_head is not None
+        assert config.head_dim is not None
+        self.split = [config.n_head, config.n_kv_head, config.n_kv_head]
+        self.qkv = nn.Linear(config.n_embd, sum(self.split) * config.head_dim, bias=config.bias)
+        self.proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
         self.dropout = make_dropout(config)
 
     def heads(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of x (B, S, C), each (B, heads, S, D), positions applied."""
         b, s, _ = x.shape
-        q, k, v = (t.view(b, s, -1, self.config.head_dim).transpose(1, 2) for t in self.qkv(x).split(self.split, dim=-1))
+        # One view with all heads side by side: query heads, then key heads, then value heads.
+        qkv = self.qkv(x).view(b, s, -1, self.config.head_dim).transpose(1, 2)  # (B, H + 2 G, S, D)
+        q, k, v = qkv.split(self.split, dim=1)
         if rotary is not None:
             q = kernels.apply_rotary_emb(q, *rotary, backend=self.config.backend)
             k = kernels.apply_rotary_emb(k, *rotary, backend=self.config.backend)

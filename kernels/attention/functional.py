@@ -32,24 +32,15 @@ register(
 )
 
 
-def scaled_dot_product_attention(
+def _check(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    *,
-    backend: str | None = None,
-) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention` with our choice of implementation.
-
-    query (B, H, S, D), key (B, G, T, D), value (B, G, T, Dv); attn_mask boolean (True: takes part) or additive,
-    broadcastable to (B, H, S, T); scale defaults to 1 / sqrt(D). Returns (B, H, S, Dv).
-    Raises ValueError where ranks, head counts or dtypes do not fit, or where attn_mask and is_causal are both given.
-    """
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    enable_gqa: bool,
+) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ValueError(f"{name}: got {tensor.dim()} dimensions, need 4: (batch, heads, positions, head_dim)")
@@ -69,6 +60,31 @@ def scaled_dot_product_attention(
         raise ValueError(f"attn_mask: got dtype {attn_mask.dtype}, allowed are bool and query's {query.dtype}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: got {dropout_p}, must be at least 0 and below 1")
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention` with our choice of implementation.
+
+    query (B, H, S, D), key (B, G, T, D), value (B, G, T, Dv); attn_mask boolean (True: takes part) or additive,
+    broadcastable to (B, H, S, T); scale defaults to 1 / sqrt(D). Returns (B, H, S, Dv).
+    Raises ValueError where ranks, head counts or dtypes do not fit, or where attn_mask and is_causal are both given.
+    """
+    q, k = query.shape, key.shape
+    # One comparison for what is nearly always so: generation calls this thousands of times a second.
+    simple = attn_mask is None and 0.0 <= dropout_p < 1.0 and query.dtype == key.dtype == value.dtype
+    if not (simple and len(q) == 4 and value.shape == k and q[:2] == k[:2] and q[3] == k[3]):
+        _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     function = choose("attention", query.device.type, backend)
     return function(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
