@@ -14,8 +14,10 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -116,14 +118,15 @@ def train(args: argparse.Namespace, backend: str, compiled: bool) -> dict[str, A
             "n_embd=32",
             "n_head=2",
             "context_length=64",
-            "vocab_size=512",
+            "data.vocab_size=512",
             "log_interval=5",
         ]
     config = resolve(preset, overrides=changes)
     dataset = prepare(config.data.dataset, config.data.tokenizer, config.data.vocab_size)
     if args.sizes == "smoke":
         dataset.tokens.update({split: dataset.tokens[split][:4096] for split in ("valid", "test")})
-    directory = Path(args.out) / "runs" / f"{backend}{'-compiled' if compiled else ''}"
+    # Not under --out, which holds results alone: checkpoints are large.
+    directory = Path(tempfile.mkdtemp(prefix=f"wikigpt-{backend}-"))
     with processes(args.device) as group:
         trainer = Trainer(config, dataset, directory, group, log=print)
         trainer.train_step()  # compilation and first allocations are not training
@@ -131,6 +134,7 @@ def train(args: argparse.Namespace, backend: str, compiled: bool) -> dict[str, A
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         result = trainer.run()
+    shutil.rmtree(directory)
     assert result.valid is not None
     assert result.test is not None
     figures = {
