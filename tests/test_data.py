@@ -47,15 +47,6 @@ SMALL = {
 
 
 @pytest.fixture(scope="session")
-def wikitext() -> Path:
-    """The real WikiText-2."""
-    for folder in (os.environ.get("WIKIGPT_DATA_DIR"), REPO.parent / "shared/data/wikitext-2"):
-        if folder and (Path(folder) / "train.txt").is_file():
-            return Path(folder)
-    pytest.skip("no WikiText-2: set WIKIGPT_DATA_DIR to a folder with train.txt, valid.txt and test.txt")
-
-
-@pytest.fixture(scope="session")
 def wikitext_words(wikitext, tmp_path_factory):
     return prepare(data_dir=wikitext, cache_dir=tmp_path_factory.mktemp("wikitext-words"))
 
