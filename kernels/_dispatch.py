@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
+import importlib.metadata
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -80,6 +81,8 @@ def choose(op: str, device_type: str, name: str | None = None) -> Callable[..., 
     for implementation in _table[op]:
         if wanted is not None and implementation.backend != wanted:
             continue
+        if wanted is None and implementation.backend == "triton" and device_type == "cpu":
+            continue  # the interpreter is for tests: it never computes unless it is asked to
         reason = implementation.why_not(device_type)
         if reason is None:
             return implementation.function
@@ -104,6 +107,36 @@ def only_on(*device_types: str) -> Callable[[str], str | None]:
         return f"runs on {' and '.join(device_types)}, not on {device_type}"
 
     return why_not
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets kernels on the CPU instead of compiling them (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """The reason why Triton cannot be used, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    version = importlib.metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < (3, 6):
+        return f"triton {version} is too old (needs 3.6 or newer)"
+    return None
+
+
+def why_not_triton(device_type: str) -> str | None:
+    """The `why_not` of a Triton kernel."""
+    if device_type == "cpu" and not interpreting():
+        return "runs on cuda, not on cpu (TRITON_INTERPRET=1 interprets kernels there)"
+    if device_type not in ("cpu", "cuda"):
+        return f"runs on cuda, not on {device_type}"
+    reason = triton_missing()
+    if reason is None and device_type == "cpu":
+        from ._interpreter import repair
+
+        repair()
+    return reason
 
 
 @functools.cache

@@ -2,12 +2,138 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._dispatch import Implementation, choose, register
-from .reference import scaled_dot_product_attention_reference
+from .op import attention, seed_for
+from .reference import Inputs
+
+# --- checks ---------------------------------------------------------------------------------------------------------
+
+
+def check(x: Inputs) -> Inputs:
+    """The same problem, or ValueError or TypeError that names the argument, what came and what is allowed.
+
+    Looks at shapes, dtypes and devices only: values on a device would need a synchronisation (see `debug_checks`).
+    """
+    rank = 4 if x.cu_seqlens_q is None else 3
+    layout = "(batch, positions, heads, head_dim)" if rank == 4 else "(tokens, heads, head_dim)"
+    for name, tensor in (("q", x.q), ("k", x.k), ("v", x.v)):
+        if tensor.dim() != rank:
+            raise ValueError(f"{name}: got {tensor.dim()} dimensions, need {rank}: {layout}")
+        if not tensor.is_floating_point() or tensor.element_size() == 1:
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, allowed are float16, bfloat16, float32 and float64")
+        if tensor.dtype != x.q.dtype:
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, q has {x.q.dtype}")
+        if tensor.device != x.q.device:
+            raise ValueError(f"{name}: got device {tensor.device}, q is on {x.q.device}")
+        if not 0 < tensor.shape[-1] <= 256:
+            raise ValueError(f"{name}: got head_dim {tensor.shape[-1]}, allowed are 1 to 256")
+    if x.k.shape[-1] != x.q.shape[-1]:
+        raise ValueError(f"k: got head_dim {x.k.shape[-1]}, q has {x.q.shape[-1]}")
+    if x.v.shape[:-1] != x.k.shape[:-1]:
+        raise ValueError(f"v: got shape {tuple(x.v.shape)}, k has {tuple(x.k.shape)}")
+    if rank == 4 and x.k.shape[0] != x.q.shape[0]:
+        raise ValueError(f"k: got batch {x.k.shape[0]}, q has {x.q.shape[0]}")
+    heads, groups = x.q.shape[-2], x.k.shape[-2]
+    if heads != groups and (groups == 0 or heads % groups):
+        raise ValueError(f"k: got {groups} heads for {heads} query heads, they must divide the query's")
+    if not (math.isfinite(x.softmax_scale) and x.softmax_scale >= 0):
+        raise ValueError(f"softmax_scale: got {x.softmax_scale}, must be finite and 0 or more")
+    if not (math.isfinite(x.softcap) and x.softcap >= 0):
+        raise ValueError(f"softcap: got {x.softcap}, must be finite and 0 or more")
+    if not 0.0 <= x.dropout_p < 1.0:
+        raise ValueError(f"dropout_p: got {x.dropout_p}, must be at least 0 and below 1")
+    for name, tensor in (("alibi_slopes", x.alibi_slopes), ("s_aux", x.s_aux)):
+        if tensor is None:
+            continue
+        shapes = [(heads,), (x.batch, heads)] if name == "alibi_slopes" else [(heads,)]
+        if tuple(tensor.shape) not in shapes:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, need {' or '.join(map(str, shapes))}")
+        if not tensor.is_floating_point() or tensor.device != x.q.device:
+            raise ValueError(f"{name}: got {tensor.dtype} on {tensor.device}, need floating point on {x.q.device}")
+    if x.alibi_slopes is not None and x.alibi_slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError("alibi_slopes: requires_grad is set, but slopes get no gradient; pass them as attn_bias")
+    _check_masks(x, heads)
+    _check_lengths(x)
+    return x
+
+
+def _check_masks(x: Inputs, heads: int) -> None:
+    s, t = x.lengths
+    for name, tensor in (("attn_bias", x.bias), ("attn_mask", x.mask)):
+        if tensor is None:
+            continue
+        if x.cu_seqlens_q is not None:
+            raise ValueError(f"{name}: does not combine with cu_seqlens, as packed sequences have no common rectangle")
+        if tensor.device != x.q.device:
+            raise ValueError(f"{name}: got device {tensor.device}, q is on {x.q.device}")
+        full = (x.q.shape[0], heads, s, t)
+        if tensor.dim() > 4 or any(n not in (1, m) for n, m in zip(reversed(tensor.shape), reversed(full))):
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, must broadcast to {full}")
+    if x.mask is not None and x.mask.dtype != torch.bool:
+        raise TypeError(f"attn_mask: got dtype {x.mask.dtype}, allowed is bool (an additive mask is attn_bias)")
+    if x.bias is not None and not x.bias.is_floating_point():
+        raise TypeError(f"attn_bias: got dtype {x.bias.dtype}, allowed are floating-point dtypes")
+
+
+def _check_lengths(x: Inputs) -> None:
+    if (x.cu_seqlens_q is None) != (x.cu_seqlens_k is None):
+        raise ValueError("cu_seqlens_q and cu_seqlens_k: got one of them, need both or neither")
+    sizes = (("cu_seqlens_q", x.cu_seqlens_q, 1), ("cu_seqlens_k", x.cu_seqlens_k, 1), ("seqused_k", x.seqused_k, 0))
+    for name, tensor, extra in sizes:
+        if tensor is None:
+            continue
+        if tensor.dtype != torch.int32:
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, allowed is int32")
+        if tensor.dim() != 1 or tensor.shape[0] < extra or (tensor.shape[0] - extra) != x.batch:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, need ({x.batch + extra},)")
+        if tensor.device != x.q.device:
+            raise ValueError(f"{name}: got device {tensor.device}, q is on {x.q.device}")
+    if x.cu_seqlens_q is not None and (x.max_seqlen_q < 0 or x.max_seqlen_k < 0):
+        raise ValueError(f"max_seqlen: got {x.max_seqlen_q} and {x.max_seqlen_k}, must be 0 or more")
+    if x.q.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_values(x)
+
+
+def check_values(x: Inputs) -> None:
+    """Checks of the values of cu_seqlens and seqused_k. Always made on the CPU; on a GPU, where they wait for the device,
+    only by `wikigpt.kernels.debug_checks()`."""
+    pairs = (("cu_seqlens_q", x.cu_seqlens_q, x.q, x.max_seqlen_q), ("cu_seqlens_k", x.cu_seqlens_k, x.k, x.max_seqlen_k))
+    for name, tensor, tokens, longest in pairs:
+        if tensor is None:
+            continue
+        ends = tensor.tolist()
+        if ends[0] != 0 or ends[-1] != tokens.shape[0] or any(a > b for a, b in itertools.pairwise(ends)):
+            raise ValueError(f"{name}: got {ends}, must rise from 0 to the number of tokens {tokens.shape[0]}")
+        most = max((b - a for a, b in itertools.pairwise(ends)), default=0)
+        if most > longest:
+            raise ValueError(f"max_seqlen{name[-2:]}: got {longest}, {name} has a sequence of {most}")
+    if x.seqused_k is not None:
+        used, most = x.seqused_k.tolist(), x.lengths[1]
+        if any(not 0 <= n <= most for n in used):
+            raise ValueError(f"seqused_k: got {used}, must lie between 0 and {most}")
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it is on for their device, as PyTorch's own attention does."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()
+
+
+# --- PyTorch's signature --------------------------------------------------------------------------------------------
 
 
 def _torch(
@@ -25,14 +151,75 @@ def _torch(
     )
 
 
+def _ours(backend: str) -> Any:
+    def function(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        dropout_p: float,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+    ) -> Tensor:
+        query, key, value = autocast(query, key, value)
+        additive = attn_mask is not None and attn_mask.dtype != torch.bool
+        x = Inputs(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            bias=attn_mask if additive else None,
+            mask=None if additive else attn_mask,
+            seed=seed_for(dropout_p, query.device),
+            dropout_p=dropout_p,
+            softmax_scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
+            window_right=0 if is_causal else -1,
+            top_left=True,
+        )
+        return attention(check(x), backend)[0].transpose(1, 2)
+
+    return function
+
+
+def _cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    # PyTorch's fused attention for the CPU has neither dropout nor the gradient of a mask: there it builds the S x T matrix.
+    mask_grad = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
+    function = _ours("cpu") if dropout_p > 0.0 or mask_grad else _torch
+    return function(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def _only(device_type_of: str, op: str = "flash_attention") -> Any:
+    """Whether `attention` has that backend on a device, as a `why_not`."""
+
+    def why_not(device_type: str) -> str | None:
+        try:
+            choose(op, device_type, device_type_of)
+        except RuntimeError as error:
+            return str(error).rsplit(": ", 1)[1]
+        return None
+
+    return why_not
+
+
 register(
     "attention",
+    Implementation("triton", _ours("triton"), _only("triton")),
+    Implementation("cpu", _cpu, _only("cpu")),
     Implementation("torch", _torch),
-    Implementation("reference", scaled_dot_product_attention_reference),
+    Implementation("reference", _ours("reference")),
 )
 
 
-def _check(
+def _check_sdpa(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -76,17 +263,166 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention` with our choice of implementation.
 
-    query (B, H, S, D), key (B, G, T, D), value (B, G, T, Dv); attn_mask boolean (True: takes part) or additive,
-    broadcastable to (B, H, S, T); scale defaults to 1 / sqrt(D). Returns (B, H, S, Dv).
+    query (B, H, S, D), key (B, G, T, D), value (B, G, T, Dv); attn_mask boolean (True: takes part; whole masked blocks are
+    skipped) or additive (it gets a gradient), broadcastable to (B, H, S, T); scale defaults to 1 / sqrt(D); is_causal aligns
+    the diagonal at the top left, as PyTorch does. Returns (B, H, S, Dv).
     Raises ValueError where ranks, head counts or dtypes do not fit, or where attn_mask and is_causal are both given.
     """
     q, k = query.shape, key.shape
     # One comparison for what is nearly always so: generation calls this thousands of times a second.
     simple = attn_mask is None and 0.0 <= dropout_p < 1.0 and query.dtype == key.dtype == value.dtype
     if not (simple and len(q) == 4 and value.shape == k and q[:2] == k[:2] and q[3] == k[3]):
-        _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+        _check_sdpa(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     function = choose("attention", query.device.type, backend)
-    return function(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    out: Tensor = function(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return out
 
 
-__all__ = ["scaled_dot_product_attention"]
+# --- flash-attn's signatures ----------------------------------------------------------------------------------------
+
+
+def _window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
+    if len(window_size) != 2 or any(int(n) != n or n < -1 for n in window_size):
+        raise ValueError(f"window_size: got {window_size}, need (left, right), each 0 or more, or -1 for no limit")
+    # As in flash-attn: a causal window has no keys on the right, whatever was asked for.
+    return int(window_size[0]), 0 if causal else int(window_size[1])
+
+
+def _flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    s_aux: Tensor | None,
+    return_attn_probs: bool,
+    backend: str | None,
+    **others: Any,
+) -> Any:
+    q, k, v = autocast(q, k, v)
+    left, right = _window(window_size, causal)
+    x = Inputs(
+        q,
+        k,
+        v,
+        alibi_slopes=_float(alibi_slopes),
+        s_aux=_float(s_aux),
+        seed=seed_for(dropout_p, q.device),
+        dropout_p=dropout_p,
+        softmax_scale=1 / math.sqrt(max(q.shape[-1], 1)) if softmax_scale is None else softmax_scale,
+        window_left=left,
+        window_right=right,
+        softcap=softcap,
+        **others,
+    )
+    out, lse = attention(check(x), backend)
+    return (out, lse, None) if return_attn_probs else out
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    backend: str | None = None,
+) -> Any:
+    """Flash attention with the signature of the flash-attn package, plus sinks, bias and mask (Dao 2023).
+
+    q (B, S, H, D), k (B, T, G, D), v (B, T, G, Dv) in float16, bfloat16 or float32, H a multiple of G, D and Dv to 256.
+    softmax_scale defaults to 1 / sqrt(D). causal and window_size (left, right) count from the diagonal that ends at the last
+    key (bottom right). softcap c > 0 replaces scores by c tanh(score / c). alibi_slopes (H) or (B, H). s_aux (H): one logit
+    more in every softmax, without a value. attn_bias and attn_mask (bool, True: takes part) broadcast to (B, H, S, T).
+    seqused_k (B, int32): how many keys of each sequence are in use. Everything combines; q, k, v, attn_bias and s_aux get
+    gradients. The backward is always deterministic, so `deterministic` changes nothing.
+
+    Returns out (B, S, H, Dv); with return_attn_probs=True (out, lse (B, H, S) float32, None). lse has a gradient; a row
+    without any key has out 0 and lse -inf.
+    Raises ValueError or TypeError for ranks, shapes, dtypes, devices and options that do not fit.
+    """
+    return _flash(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, return_attn_probs, backend,
+        bias=attn_bias, mask=attn_mask, seqused_k=seqused_k,
+    )  # fmt: skip
+
+
+def flash_attn_qkvpacked_func(qkv: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """`flash_attn_func` of qkv (B, S, 3, H, D); the other arguments are the same, in the same order."""
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"qkv: got shape {tuple(qkv.shape)}, need (batch, positions, 3, heads, head_dim)")
+    return flash_attn_func(*qkv.unbind(2), *args, **kwargs)
+
+
+def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """`flash_attn_func` of q (B, S, H, D) and kv (B, T, 2, G, D); the other arguments are the same, in the same order."""
+    if kv.dim() != 5 or kv.shape[2] != 2:
+        raise ValueError(f"kv: got shape {tuple(kv.shape)}, need (batch, positions, 2, heads, head_dim)")
+    return flash_attn_func(q, *kv.unbind(2), *args, **kwargs)
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    backend: str | None = None,
+) -> Any:
+    """Flash attention over sequences of different lengths, packed one after the other without padding.
+
+    q (sum of S, H, D), k (sum of T, G, D), v (sum of T, G, Dv); cu_seqlens_q and cu_seqlens_k (B + 1, int32): where each
+    sequence begins, from 0 to the number of tokens; max_seqlen_q and max_seqlen_k: the longest. Other arguments as
+    `flash_attn_func`. Returns out (sum of S, H, Dv); with return_attn_probs=True (out, lse (H, sum of S), None).
+    Raises ValueError or TypeError as `flash_attn_func`; the values of cu_seqlens are checked on the CPU, and on a GPU only
+    under `debug_checks()`, because reading them waits for the device.
+    """
+    return _flash(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, return_attn_probs, backend,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+        seqused_k=seqused_k,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_qkvpacked_func(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *args: Any, **kwargs: Any) -> Any:
+    """`flash_attn_varlen_func` of qkv (sum of S, 3, H, D); the other arguments are the same, in the same order."""
+    if qkv.dim() != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv: got shape {tuple(qkv.shape)}, need (tokens, 3, heads, head_dim)")
+    return flash_attn_varlen_func(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *args, **kwargs)
+
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "scaled_dot_product_attention",
+]

@@ -1,15 +1,198 @@
 """Attention in plain PyTorch: the truth that every other implementation is compared with.
 
 Shapes: B batch, H query heads, G key/value heads (H a multiple of G), S query and T key positions, D head_dim.
-softmax(query key^T * scale + mask) value (Vaswani et al. 2017, eq. 1).
+out = softmax(score(query key^T)) value (Vaswani et al. 2017, eq. 1) with, in this order,
+
+    s = softmax_scale * q k^T
+    s = softcap * tanh(s / softcap)                  softcap > 0 (Gemma 2)
+    s = s - slope_h * |i + diagonal - j|             alibi_slopes (Press et al. 2022)
+    s = s + bias                                     bias
+    s = -inf where mask is False or j is outside the window of row i
+    lse = log(sum_j exp(s_j) + exp(s_aux_h))         s_aux: one more logit without a value, a "sink" (gpt-oss)
+    out = sum_j exp(s_j - lse) * keep_ij / (1 - dropout_p) * v_j
+
+The window of row i is i + diagonal - left <= j <= i + diagonal + right; causal is right = 0. The diagonal is T - S (bottom
+right, as flash-attn) or 0 (top_left, as torch). A row without any key gives 0 and lse = -inf (or its sink), and no gradient.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One attention problem, checked, as every implementation receives it.
+
+    q (B, S, H, D), k (B, T, G, D), v (B, T, G, Dv); packed (sum of S, H, D) and so on where cu_seqlens_q and cu_seqlens_k
+    (B + 1, int32) are given. bias and mask (bool) broadcast to (B, H, S, T). alibi_slopes (H) or (B, H) and s_aux (H) are
+    float32. seqused_k (B, int32): keys in use of each sequence. seed (2, int64): key and counter of Philox, for dropout.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    s_aux: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    seqused_k: Tensor | None = None
+    seed: Tensor | None = None
+    max_seqlen_q: int = 0  # of the packed sequences; without cu_seqlens the lengths are those of the tensors
+    max_seqlen_k: int = 0
+    dropout_p: float = 0.0
+    softmax_scale: float = 1.0
+    window_left: int = -1  # -1: no limit
+    window_right: int = -1
+    top_left: bool = False
+    softcap: float = 0.0
+
+    @property
+    def batch(self) -> int:
+        return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """(S, T), for packed sequences the longest."""
+        if self.cu_seqlens_q is None:
+            return self.q.shape[1], self.k.shape[1]
+        return self.max_seqlen_q, self.max_seqlen_k
+
+    def lse_shape(self) -> tuple[int, ...]:
+        """(B, H, S), packed (H, sum of S)."""
+        if self.cu_seqlens_q is None:
+            return self.q.shape[0], self.q.shape[2], self.q.shape[1]
+        return self.q.shape[1], self.q.shape[0]
+
+
+_M32 = 0xFFFFFFFF
+
+
+def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(high, low) 32 bits of the product of unsigned 32-bit numbers kept in int64."""
+    return (a * (b >> 16) + (a * (b & 0xFFFF) >> 16)) >> 16, a * b & _M32
+
+
+def keep_mask(
+    seed: Tensor, dropout_p: float, batch: int, heads: int, s: int, t: int, first_batch: int = 0, first_row: int = 0
+) -> Tensor:
+    """Which weights dropout keeps, (batch, heads, s, t) bool: Philox4x32-7 (Salmon et al. 2011).
+
+    key seed[0], counter (j // 4, i, b * heads + h, seed[1]); word j % 4 is compared with dropout_p in 24 bits. Every
+    implementation draws these numbers, whatever its tiles. Batch and rows count from first_batch and first_row.
+    """
+    device = seed.device
+    shape = (batch * heads, s, (t + 3) // 4)
+    c0 = torch.arange(shape[2], device=device).expand(shape)
+    c1 = (torch.arange(s, device=device) + first_row)[:, None].expand(shape)
+    c2 = (torch.arange(shape[0], device=device) + first_batch * heads)[:, None, None].expand(shape)
+    c3 = (seed[1] & _M32).expand(shape)
+    k0, k1 = seed[0] & _M32, (seed[0] >> 32) & _M32
+    for _ in range(7):
+        high0, low0 = _multiply(0xD2511F53, c0)
+        high2, low2 = _multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _M32, (k1 + 0xBB67AE85) & _M32
+    words = torch.stack((c0, c1, c2, c3), dim=-1).flatten(-2)[..., :t]
+    return (words >> 8 >= int(dropout_p * 2**24)).view(batch, heads, s, t)
+
+
+def visible(s: int, t: int, left: int, right: int, diagonal: int, device: torch.device, first_row: int = 0) -> Tensor:
+    """(s, t) bool: the keys inside the window of the rows first_row .. first_row + s."""
+    i = torch.arange(first_row, first_row + s, device=device)[:, None] + diagonal
+    j = torch.arange(t, device=device)
+    inside = torch.ones(s, t, dtype=torch.bool, device=device)
+    if left >= 0:
+        inside &= j >= i - left
+    if right >= 0:
+        inside &= j <= i + right
+    return inside
+
+
+def _dense(x: Inputs, first_batch: int = 0) -> tuple[Tensor, Tensor]:
+    q, k, v = (tensor.transpose(1, 2) for tensor in (x.q, x.k, x.v))  # (B, H, S, D)
+    group = q.shape[1] // max(k.shape[1], 1)
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    s, t = q.shape[2], k.shape[2]
+    diagonal = 0 if x.top_left else t - s
+    scores = q @ k.transpose(-2, -1) * x.softmax_scale
+    if x.softcap > 0:
+        scores = x.softcap * torch.tanh(scores / x.softcap)
+    if x.alibi_slopes is not None:
+        i, j = torch.arange(s, device=q.device)[:, None], torch.arange(t, device=q.device)
+        slopes = x.alibi_slopes.to(scores.dtype).reshape(-1, q.shape[1], 1, 1)
+        scores = scores - slopes * (i + diagonal - j).abs()
+    if x.bias is not None:
+        scores = scores + x.bias
+    seen = visible(s, t, x.window_left, x.window_right, diagonal, q.device)
+    if x.mask is not None:
+        seen = seen & x.mask
+    scores = scores.masked_fill(~seen, -math.inf)
+    if x.s_aux is not None:
+        sink = x.s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, sink), dim=-1)
+    # Of a row without a key nothing may reach the gradient, so it is taken out before the softmax, not after.
+    empty = (scores == -math.inf).all(-1, keepdim=True)
+    scores = scores.masked_fill(empty, 0.0)
+    wide = scores.double() if scores.dtype == torch.float64 else scores.float()
+    lse = torch.logsumexp(wide, -1).masked_fill(empty[..., 0], -math.inf)
+    weights = torch.softmax(scores, -1).masked_fill(empty, 0.0)[..., :t]
+    if x.dropout_p > 0:
+        assert x.seed is not None
+        keep = keep_mask(x.seed, x.dropout_p, q.shape[0], q.shape[1], s, t, first_batch)
+        weights = weights * keep / (1 - x.dropout_p)
+    return (weights @ v).transpose(1, 2), lse
+
+
+def _one(x: Inputs, b: int) -> Inputs:
+    """Sequence b of the batch as a problem of its own."""
+    q0 = k0 = 0
+    q1, k1 = x.lengths
+    if x.cu_seqlens_q is not None:
+        assert x.cu_seqlens_k is not None
+        (q0, q1), (k0, k1) = x.cu_seqlens_q[b : b + 2].tolist(), x.cu_seqlens_k[b : b + 2].tolist()
+    used = k1 - k0 if x.seqused_k is None else int(x.seqused_k[b])
+
+    def of(tensor: Tensor, start: int, end: int) -> Tensor:
+        return (tensor[b] if x.cu_seqlens_q is None else tensor)[start:end][None]
+
+    def keys(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        tensor = tensor[(None,) * (4 - tensor.dim())]
+        return (tensor[b : b + 1] if tensor.shape[0] > 1 else tensor)[..., :used]
+
+    slopes = x.alibi_slopes
+    return replace(
+        x,
+        q=of(x.q, q0, q1),
+        k=of(x.k, k0, k0 + used),
+        v=of(x.v, k0, k0 + used),
+        bias=keys(x.bias),
+        mask=keys(x.mask),
+        alibi_slopes=slopes[b] if slopes is not None and slopes.dim() == 2 else slopes,
+        cu_seqlens_q=None,
+        cu_seqlens_k=None,
+        seqused_k=None,
+    )
+
+
+def attention_reference(x: Inputs) -> tuple[Tensor, Tensor]:
+    """(out in the layout of q, lse) by autograd's own operators; lse in float32, in float64 for float64."""
+    if x.cu_seqlens_q is None and x.seqused_k is None:
+        return _dense(x)
+    if x.batch == 0:
+        return x.q.new_zeros(*x.q.shape[:-1], x.v.shape[-1]), x.q.new_zeros(x.lse_shape(), dtype=torch.float32)
+    outs, lses = zip(*(_dense(_one(x, b), b) for b in range(x.batch)))
+    if x.cu_seqlens_q is None:
+        return torch.cat(outs), torch.cat(lses)
+    return torch.cat([out[0] for out in outs]), torch.cat([lse[0] for lse in lses], dim=1)
 
 
 def attention_weights(
@@ -28,8 +211,7 @@ def attention_weights(
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     scores = query @ key.transpose(-2, -1) * scale  # (B, H, S, T)
     if is_causal:
-        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~visible, -math.inf)
+        scores = scores.masked_fill(~visible(*scores.shape[-2:], -1, 0, 0, scores.device), -math.inf)
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             scores = scores.masked_fill(~attn_mask, -math.inf)
@@ -37,24 +219,6 @@ def attention_weights(
             scores = scores + attn_mask
     without_key = (scores == -math.inf).all(-1, keepdim=True)
     return torch.softmax(scores.masked_fill(without_key, 0.0), dim=-1).masked_fill(without_key, 0.0)
-
-
-def scaled_dot_product_attention_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    weights = attention_weights(query, key, attn_mask, is_causal, scale)
-    if dropout_p > 0.0:
-        weights = torch.dropout(weights, dropout_p, train=True)
-    if value.shape[-3] != query.shape[-3]:
-        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], dim=-3)
-    return weights.to(value.dtype) @ value
 
 
 def alibi_slopes(n_heads: int) -> Tensor:

@@ -1,0 +1,42 @@
+"""Corrections to Triton's interpreter, so that it computes bfloat16 as a GPU does."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def _round_to_bfloat16(data: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+
+def _widen_bfloat16(data: np.ndarray) -> np.ndarray:
+    return (data.astype(np.uint32) << 16).view(np.float32)
+
+
+@functools.cache
+def repair() -> None:
+    """Patch the interpreter of triton 3.6 and 3.7: it truncates float32 to bfloat16 where a GPU rounds to the nearest, and
+    multiplies the bit patterns of bfloat16 matrices as integers."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        if (src.dtype.scalar, dst_type.scalar) == (tl.float32, tl.bfloat16):
+            return TensorHandle(_round_to_bfloat16(src.data), tl.bfloat16)
+        if (src.dtype.scalar, dst_type.scalar) == (tl.bfloat16, tl.float32):
+            return TensorHandle(_widen_bfloat16(src.data), tl.float32)
+        return cast(self, src, dst_type)
+
+    def create_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
+        if a.dtype.scalar == b.dtype.scalar == tl.bfloat16:
+            a, b = (TensorHandle(_widen_bfloat16(matrix.data), tl.float32) for matrix in (a, b))
+        return dot(self, a, b, *args)
+
+    InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_dot = create_dot

@@ -1,0 +1,147 @@
+"""Block sizes per architecture, head_dim and direction: checked in, verified by compiling every row (tests/test_compile.py).
+
+`python -m wikigpt.kernels.compile_report attention` prints registers, spills, shared memory and occupancy of every row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .reference import Inputs
+
+
+@dataclass(frozen=True)
+class Row:
+    """block_m queries by block_n keys. persistent: one program per multiprocessor takes several tiles. tma: tiles of dense
+    tensors come through tensor descriptors (sm_90 and newer)."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    persistent: bool = False
+    tma: bool = False
+
+
+@dataclass(frozen=True)
+class Rows:
+    forward: Row
+    dq: Row
+    dkdv: Row
+
+
+# (largest padded head_dim of q, k and v) -> rows, for 16-bit inputs. One architecture without a table of its own takes that of
+# the nearest older one.
+_TABLE: dict[int, dict[int, Rows]] = {
+    80: {
+        64: Rows(Row(128, 64, 4, 3), Row(64, 64, 4, 3), Row(64, 64, 4, 3)),
+        128: Rows(Row(128, 64, 8, 3), Row(64, 64, 4, 2), Row(64, 64, 8, 2)),
+        256: Rows(Row(64, 32, 4, 2), Row(64, 32, 8, 1), Row(32, 64, 8, 1)),
+    },
+    86: {
+        64: Rows(Row(128, 64, 4, 2), Row(64, 64, 4, 2), Row(64, 64, 4, 2)),
+        128: Rows(Row(64, 64, 4, 2), Row(64, 32, 4, 2), Row(32, 64, 4, 2)),
+        256: Rows(Row(64, 32, 4, 1), Row(32, 32, 4, 1), Row(32, 32, 4, 1)),
+    },
+    90: {
+        64: Rows(Row(128, 128, 8, 3), Row(128, 64, 8, 3), Row(64, 128, 8, 3)),
+        128: Rows(Row(128, 128, 8, 2), Row(128, 64, 8, 2), Row(64, 128, 8, 2)),
+        256: Rows(Row(128, 64, 8, 2), Row(64, 64, 8, 1), Row(64, 64, 8, 1)),
+    },
+}
+_TABLE[100] = _TABLE[90]
+_TABLE[120] = _TABLE[86]
+
+# float32 needs twice the room, and the interpreter wants many small tiles so that a test crosses their borders.
+_FLOAT32 = Rows(Row(32, 32, 4, 1), Row(32, 32, 4, 1), Row(32, 32, 4, 1))
+_INTERPRETER = Rows(Row(32, 16, 1, 1), Row(16, 32, 1, 1), Row(32, 16, 1, 1))
+
+
+def padded(head_dim: int) -> int:
+    """tl.dot wants powers of two, 16 at least."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def architecture(device: torch.device) -> int:
+    """10 * major + minor of the GPU; 0 for the interpreter."""
+    if triton.knobs.runtime.interpret:
+        return 0
+    target = triton.runtime.driver.active.get_current_target().arch
+    return int(target) if isinstance(target, int) else 80
+
+
+_forced: Rows | None = None
+
+
+@contextlib.contextmanager
+def force(rows: Rows) -> Iterator[None]:
+    """These rows for every problem inside the block: for tests and for tuning."""
+    global _forced
+    before, _forced = _forced, rows
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def rows(x: Inputs) -> Rows:
+    if _forced is not None:
+        return _forced
+    arch = architecture(x.q.device)
+    if arch == 0:
+        return _INTERPRETER
+    if x.q.dtype == torch.float32:
+        return _FLOAT32
+    table = _TABLE[max((known for known in _TABLE if known <= arch), default=80)]
+    width = max(padded(x.q.shape[-1]), padded(x.v.shape[-1]))
+    return table[min(known for known in table if known >= width)]
+
+
+def forward(x: Inputs) -> Row:
+    return rows(x).forward
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of float32 are computed: as torch.set_float32_matmul_precision says ("ieee" or "tf32")."""
+    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def grid(n_work: int, row: Row, device: torch.device) -> int:
+    if not row.persistent:
+        return n_work
+    return min(n_work, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def section(k: Tensor, v: Tensor, heads: int, group: int, n_k: int) -> int:
+    """How many query heads work at the same time, so that their keys and values stay in the L2 cache (about 32 MiB)."""
+    per_group = max(n_k * (k.shape[-1] + v.shape[-1]) * k.element_size(), 1)
+    return max(1, 2**25 // per_group) * group
+
+
+def descriptor(tensor: Tensor, block: int) -> TensorDescriptor:
+    """Tiles of `block` positions of one head of (batch, positions, heads, head_dim), for the tensor memory accelerator."""
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, block, 1, padded(tensor.shape[-1])])
+
+
+def describable(x: Inputs, *tensors: Tensor) -> bool:
+    """Whether descriptors can address the tensors. Packed sequences and seqused_k end inside a tensor, where a descriptor would
+    go on reading: what is there may be NaN."""
+    return (
+        x.cu_seqlens_q is None
+        and x.seqused_k is None
+        and all(
+            t.data_ptr() % 16 == 0 and all(stride * t.element_size() % 16 == 0 for stride in t.stride()[:-1]) for t in tensors
+        )
+    )
+
+
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """The tensor's GPU as the current one: Triton launches there."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
