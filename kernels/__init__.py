@@ -6,7 +6,19 @@ Each op stands in one file (or folder) of its name: reference, kernel, registere
 
 from ._dispatch import BACKENDS, backend, explain, ops
 from .activation import gelu, swiglu
-from .attention import alibi_slopes, attention_weights, scaled_dot_product_attention
+from .attention import (
+    alibi_slopes,
+    attention_weights,
+    debug_checks,
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+    scaled_dot_product_attention,
+    varlen_attn,
+)
 from .linear_cross_entropy import linear_cross_entropy
 from .norm import LayerNorm, RMSNorm, layer_norm, rms_norm
 from .rotary import apply_rotary_emb, rotary_cos_sin
@@ -19,7 +31,14 @@ __all__ = [
     "apply_rotary_emb",
     "attention_weights",
     "backend",
+    "debug_checks",
     "explain",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "gelu",
     "layer_norm",
     "linear_cross_entropy",
@@ -28,4 +47,5 @@ __all__ = [
     "rotary_cos_sin",
     "scaled_dot_product_attention",
     "swiglu",
+    "varlen_attn",
 ]

@@ -15,6 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+# Triton reads this when it is imported. Without a GPU its kernels are interpreted, in tests that ask for them.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("PYTEST_XDIST_WORKER"):
@@ -46,10 +50,10 @@ def wikitext() -> Path:
     return directory
 
 
-def assert_as_accurate_as(ours: Tensor, plain: Tensor, truth: Tensor, tiny: float = 1e-6) -> None:
+def assert_as_accurate_as(ours: Tensor, plain: Tensor, truth: Tensor, tiny: float = 1e-6, absolute: float = 0.0) -> None:
     """FlashAttention's rule: our error against float64 is at most twice the plain version's, plus a tiny term."""
     assert truth.dtype == torch.float64
     assert ours.shape == truth.shape
     assert torch.isfinite(ours).all(), "ours is not finite"
     error, allowed = (ours.double() - truth).abs().max(), (plain.double() - truth).abs().max()
-    assert error <= 2 * allowed + tiny * truth.abs().max(), f"error {error:.3e}, plain PyTorch's {allowed:.3e}"
+    assert error <= 2 * allowed + tiny * truth.abs().max() + absolute, f"error {error:.3e}, plain PyTorch's {allowed:.3e}"

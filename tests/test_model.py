@@ -2,12 +2,14 @@
 
 import itertools
 import math
+import os
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from tests.conftest import assert_as_accurate_as
 from wikigpt import kernels
 from wikigpt.model import ACTIVATIONS, GPT, NORMS, POSITIONS, GPTConfig
 
@@ -149,19 +151,14 @@ def test_the_order_of_earlier_tokens_matters(position):
         assert ((model(idx) - model(swapped))[:, -1].abs().amax(-1) > 1e-6).all()
 
 
-@pytest.mark.parametrize("position", ["rotary", "alibi"])
-def test_relative_positions_see_a_shifted_text_as_the_same(position):
+def test_rotary_positions_see_a_shifted_text_as_the_same():
     """What a block makes of a text does not depend on where the text stands."""
-    model, idx = make(position=position, n_layer=1), tokens(length=8)
+    model, idx = make(position="rotary", n_layer=1), tokens(length=8)
     x = model.wte(idx)
-    near, far = torch.arange(8), torch.arange(8) + 7
     outputs = []
-    for positions in (near, far):
-        rotary = None
-        if position == "rotary":
-            rotary = kernels.rotary_cos_sin(positions, 8, 10_000.0, torch.float64)
-        mask = model.attention_mask(near, 8, torch.float64)
-        outputs.append(model.blocks[0](x, rotary, mask, None))
+    for positions in (torch.arange(8), torch.arange(8) + 7):
+        rotary = kernels.rotary_cos_sin(positions, 8, 10_000.0, torch.float64)
+        outputs.append(model.blocks[0](x, rotary, None, None))
     assert_close(outputs[1], outputs[0])
 
 
@@ -188,9 +185,30 @@ def test_the_default_backend_agrees_with_the_reference_in_float32(choice):
         assert_close(auto_grads[name], grad, 1e-4)
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="a GPU is here: test_gpu.py runs the model on it")
+@pytest.mark.parametrize("choice", ATTENTIONS)
+def test_the_triton_backend_agrees_with_the_reference_in_loss_and_every_gradient(choice):
+    idx, targets = tokens(), tokens(2)
+    truth = gradients(make(**choice, backend="reference"), idx, targets)
+    plain = gradients(make(torch.float32, **choice, backend="reference"), idx, targets)
+    ours = gradients(make(torch.float32, **choice, backend="triton"), idx, targets)
+    assert_as_accurate_as(ours[0], plain[0], truth[0])
+    for name, expected in truth[1].items():
+        assert_as_accurate_as(ours[1][name], plain[1][name], expected, absolute=1e-7)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="a GPU is here: test_gpu.py runs the model on it")
+@pytest.mark.parametrize("choice", ATTENTIONS)
+def test_the_triton_backend_generates_with_the_cache_what_it_computes_at_once(choice):
+    model, idx = make(torch.float32, **choice, backend="triton").eval(), tokens()
+    cache = model.make_cache(len(idx))
+    parts = [model(part, cache=cache) for part in (idx[:, :3], idx[:, 3:7], idx[:, 7:8])]
+    torch.testing.assert_close(torch.cat(parts, 1), model(idx[:, :8]), rtol=1e-5, atol=1e-5)
+
+
 def test_a_backend_that_does_not_exist_here_says_why():
-    with pytest.raises(RuntimeError, match="backend 'triton' cannot compute"):
-        make(backend="triton")(tokens())
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot compute"):
+        make(backend="cuda")(tokens())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -71,6 +71,12 @@ class GPTConfig:
         return dataclasses.asdict(self)
 
 
+def backend_for(op: str, config: GPTConfig) -> str:
+    """The config's backend, or "auto" for an op that has no Triton kernel yet."""
+    without = config.backend == "triton" and "triton" not in (name for name, _ in kernels.explain(op, "cuda"))
+    return "auto" if without else config.backend
+
+
 class KVCache:
     """Keys and values of the positions seen so far, allocated once for the whole context."""
 
@@ -104,6 +110,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, sum(self.split) * config.head_dim, bias=config.bias)
         self.proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
         self.dropout = make_dropout(config)
+        slopes = kernels.alibi_slopes(config.n_head) if config.position == "alibi" else None
+        self.register_buffer("slopes", slopes, persistent=False)
 
     def heads(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of x (B, S, C), each (B, heads, S, D), positions applied."""
@@ -112,20 +120,26 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(b, s, -1, self.config.head_dim).transpose(1, 2)  # (B, H + 2 G, S, D)
         q, k, v = qkv.split(self.split, dim=1)
         if rotary is not None:
-            q = kernels.apply_rotary_emb(q, *rotary, backend=self.config.backend)
-            k = kernels.apply_rotary_emb(k, *rotary, backend=self.config.backend)
+            backend = backend_for("rotary", self.config)
+            q = kernels.apply_rotary_emb(q, *rotary, backend=backend)
+            k = kernels.apply_rotary_emb(k, *rotary, backend=backend)
         return q, k, v
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         q, k, v = self.heads(x, rotary)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
+        dropout = self.config.dropout if self.training else 0.0
+        if self.slopes is not None:
+            q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, S, H, D)
+            y = kernels.flash_attn_func(q, k, v, dropout, causal=True, alibi_slopes=self.slopes, backend=self.config.backend)
+            return self.dropout(self.proj(y.flatten(2)))
         y = kernels.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=mask,
-            dropout_p=self.config.dropout if self.training else 0.0,
+            dropout_p=dropout,
             # A single query sees every key; several queries after a past come with a mask.
             is_causal=mask is None and q.shape[2] > 1,
             enable_gqa=self.config.n_kv_head != self.config.n_head,
@@ -146,10 +160,10 @@ class MLP(nn.Module):
         self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
 
     def _gelu(self, x: Tensor) -> Tensor:
-        return kernels.gelu(x, self.approximate, backend=self.config.backend)
+        return kernels.gelu(x, self.approximate, backend=backend_for("gelu", self.config))
 
     def _swiglu(self, x: Tensor) -> Tensor:
-        return kernels.swiglu(*x.chunk(2, dim=-1), backend=self.config.backend)
+        return kernels.swiglu(*x.chunk(2, dim=-1), backend=backend_for("swiglu", self.config))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.proj(self.activate(self.fc(x))))
@@ -161,8 +175,8 @@ def make_dropout(config: GPTConfig) -> nn.Module:
 
 def make_norm(config: GPTConfig) -> nn.Module:
     if config.norm == "rmsnorm":
-        return kernels.RMSNorm(config.n_embd, config.norm_eps, backend=config.backend)
-    return kernels.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias, backend=config.backend)
+        return kernels.RMSNorm(config.n_embd, config.norm_eps, backend=backend_for("rms_norm", config))
+    return kernels.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias, backend=backend_for("layer_norm", config))
 
 
 class Block(nn.Module):
@@ -214,7 +228,7 @@ class GPT(nn.Module):
         rotary = None
         if self.config.position == "rotary":
             rotary = kernels.rotary_cos_sin(positions, self.config.head_dim, self.config.rope_theta, x.dtype)  # type: ignore[arg-type]
-        mask = self.attention_mask(positions, past + s, x.dtype)
+        mask = self.attention_mask(positions, past + s)
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, rotary, mask, cache)
@@ -222,19 +236,12 @@ class GPT(nn.Module):
             cache.length += s
         return self.norm(x)
 
-    def attention_mask(self, positions: Tensor, t: int, dtype: torch.dtype) -> Tensor | None:
-        """None where plain causal attention (or a single query) needs no mask, else (S, T) or, for ALiBi, (H, S, T)."""
+    def attention_mask(self, positions: Tensor, t: int) -> Tensor | None:
+        """Which keys each position sees, (S, T) bool; None where causal attention or ALiBi's slopes say it all."""
         s = positions.shape[0]
-        if self.config.position != "alibi" and (s == t or s == 1):
+        if self.config.position == "alibi" or s == t or s == 1:
             return None
-        distance = positions[:, None] - torch.arange(t, device=positions.device)  # (S, T)
-        if self.config.position != "alibi":
-            return distance >= 0
-        if torch.is_autocast_enabled(positions.device.type):
-            dtype = torch.get_autocast_dtype(positions.device.type)
-        slopes = kernels.alibi_slopes(self.config.n_head).to(positions.device)
-        bias = -slopes[:, None, None] * distance
-        return bias.masked_fill(distance < 0, -math.inf).to(dtype)
+        return positions[:, None] >= torch.arange(t, device=positions.device)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Logits (B, S, V) for token ids idx (B, S), or, with targets (B, S), the mean cross-entropy in nats.
@@ -244,12 +251,16 @@ class GPT(nn.Module):
         x = self.hidden(idx, cache)
         if targets is None:
             return self.head(x)
-        return kernels.linear_cross_entropy(x, self.head.weight, targets, backend=self.config.backend)
+        return self._losses(x, targets, "mean")
 
     def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each token in nats, (B, S) float32; 0 where the target is -100."""
         x = self.hidden(idx)
-        return kernels.linear_cross_entropy(x, self.head.weight, targets, reduction="none", backend=self.config.backend)
+        return self._losses(x, targets, "none")
+
+    def _losses(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        backend = backend_for("linear_cross_entropy", self.config)
+        return kernels.linear_cross_entropy(x, self.head.weight, targets, reduction=reduction, backend=backend)
 
     def make_cache(self, batch_size: int) -> KVCache:
         """An empty key/value cache for this model, in the dtype its linear layers compute in."""
@@ -268,9 +279,9 @@ class GPT(nn.Module):
 
         def look(attn: Any, args: tuple[Any, ...]) -> None:
             assert isinstance(attn, Attention)
-            x, rotary, mask, _ = args
+            x, rotary, _, _ = args
             q, k, _ = attn.heads(x, rotary)
-            weights.append(kernels.attention_weights(q, k, mask, is_causal=mask is None))
+            weights.append(kernels.attention_weights(q, k, is_causal=True, alibi_slopes=attn.slopes))
 
         handles = [block.attn.register_forward_pre_hook(look) for block in self.blocks]  # type: ignore[operator, union-attr]
         training = self.training

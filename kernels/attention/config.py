@@ -114,9 +114,12 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def grid(n_work: int, row: Row, device: torch.device) -> int:
-    if not row.persistent:
-        return n_work
-    return min(n_work, torch.cuda.get_device_properties(device).multi_processor_count)
+    return min(n_work, multiprocessors(device)) if row.persistent else n_work
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; the interpreter counts as an H100."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def section(k: Tensor, v: Tensor, heads: int, group: int, n_k: int) -> int:

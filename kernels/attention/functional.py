@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +17,20 @@ from .op import attention, seed_for
 from .reference import Inputs
 
 # --- checks ---------------------------------------------------------------------------------------------------------
+
+_debug = False
+
+
+@contextlib.contextmanager
+def debug_checks() -> Iterator[None]:
+    """Check the values of cu_seqlens and seqused_k on a GPU too, where each call then waits for the device; on the CPU they
+    are always checked. Holds for the whole process inside the with block."""
+    global _debug
+    before, _debug = _debug, True
+    try:
+        yield
+    finally:
+        _debug = before
 
 
 def check(x: Inputs) -> Inputs:
@@ -44,24 +60,24 @@ def check(x: Inputs) -> Inputs:
     heads, groups = x.q.shape[-2], x.k.shape[-2]
     if heads != groups and (groups == 0 or heads % groups):
         raise ValueError(f"k: got {groups} heads for {heads} query heads, they must divide the query's")
+    _check_lengths(x)
     if not (math.isfinite(x.softmax_scale) and x.softmax_scale >= 0):
         raise ValueError(f"softmax_scale: got {x.softmax_scale}, must be finite and 0 or more")
     if not (math.isfinite(x.softcap) and x.softcap >= 0):
         raise ValueError(f"softcap: got {x.softcap}, must be finite and 0 or more")
     if not 0.0 <= x.dropout_p < 1.0:
         raise ValueError(f"dropout_p: got {x.dropout_p}, must be at least 0 and below 1")
-    for name, tensor in (("alibi_slopes", x.alibi_slopes), ("s_aux", x.s_aux)):
-        if tensor is None:
+    for name, numbers in (("alibi_slopes", x.alibi_slopes), ("s_aux", x.s_aux)):
+        if numbers is None:
             continue
         shapes = [(heads,), (x.batch, heads)] if name == "alibi_slopes" else [(heads,)]
-        if tuple(tensor.shape) not in shapes:
-            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, need {' or '.join(map(str, shapes))}")
-        if not tensor.is_floating_point() or tensor.device != x.q.device:
-            raise ValueError(f"{name}: got {tensor.dtype} on {tensor.device}, need floating point on {x.q.device}")
+        if tuple(numbers.shape) not in shapes:
+            raise ValueError(f"{name}: got shape {tuple(numbers.shape)}, need {' or '.join(map(str, shapes))}")
+        if not numbers.is_floating_point() or numbers.device != x.q.device:
+            raise ValueError(f"{name}: got {numbers.dtype} on {numbers.device}, need floating point on {x.q.device}")
     if x.alibi_slopes is not None and x.alibi_slopes.requires_grad and torch.is_grad_enabled():
         raise ValueError("alibi_slopes: requires_grad is set, but slopes get no gradient; pass them as attn_bias")
     _check_masks(x, heads)
-    _check_lengths(x)
     return x
 
 
@@ -92,13 +108,15 @@ def _check_lengths(x: Inputs) -> None:
             continue
         if tensor.dtype != torch.int32:
             raise TypeError(f"{name}: got dtype {tensor.dtype}, allowed is int32")
-        if tensor.dim() != 1 or tensor.shape[0] < extra or (tensor.shape[0] - extra) != x.batch:
+        if tensor.dim() != 1 or tensor.shape[0] < extra:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, need (batch{' + 1' if extra else ''},)")
+        if tensor.shape[0] - extra != x.batch:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, need ({x.batch + extra},)")
         if tensor.device != x.q.device:
             raise ValueError(f"{name}: got device {tensor.device}, q is on {x.q.device}")
     if x.cu_seqlens_q is not None and (x.max_seqlen_q < 0 or x.max_seqlen_k < 0):
         raise ValueError(f"max_seqlen: got {x.max_seqlen_q} and {x.max_seqlen_k}, must be 0 or more")
-    if x.q.device.type == "cpu" and not torch.compiler.is_compiling():
+    if (x.q.device.type == "cpu" or _debug) and not torch.compiler.is_compiling():
         check_values(x)
 
 
@@ -116,9 +134,11 @@ def check_values(x: Inputs) -> None:
         if most > longest:
             raise ValueError(f"max_seqlen{name[-2:]}: got {longest}, {name} has a sequence of {most}")
     if x.seqused_k is not None:
-        used, most = x.seqused_k.tolist(), x.lengths[1]
-        if any(not 0 <= n <= most for n in used):
-            raise ValueError(f"seqused_k: got {used}, must lie between 0 and {most}")
+        used, keys = x.seqused_k.tolist(), [x.lengths[1]] * x.batch
+        if x.cu_seqlens_k is not None:
+            keys = [b - a for a, b in itertools.pairwise(x.cu_seqlens_k.tolist())]
+        if any(not 0 <= n <= most for n, most in zip(used, keys)):
+            raise ValueError(f"seqused_k: got {used}, must be 0 or more and at most {keys}, the keys of each sequence")
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -176,7 +196,7 @@ def _ours(backend: str) -> Any:
             window_right=0 if is_causal else -1,
             top_left=True,
         )
-        return attention(check(x), backend)[0].transpose(1, 2)
+        return attention(check(x), backend, need_lse=False)[0].transpose(1, 2)
 
     return function
 
@@ -228,10 +248,11 @@ def _check_sdpa(
     is_causal: bool,
     enable_gqa: bool,
 ) -> None:
+    casting = torch.is_autocast_enabled(query.device.type)  # it makes the dtypes equal
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ValueError(f"{name}: got {tensor.dim()} dimensions, need 4: (batch, heads, positions, head_dim)")
-        if tensor.dtype != query.dtype:
+        if tensor.dtype != query.dtype and not casting:
             raise ValueError(f"{name}: got dtype {tensor.dtype}, query has {query.dtype}")
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(f"key: got head_dim {key.shape[-1]}, query has {query.shape[-1]}")
@@ -243,7 +264,8 @@ def _check_sdpa(
         raise ValueError(f"key: got {groups} heads for {heads} query heads, they {way_out}")
     if attn_mask is not None and is_causal:
         raise ValueError("is_causal: cannot be True when attn_mask is given")
-    if attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype):
+    fits = attn_mask is None or attn_mask.dtype in (torch.bool, query.dtype) or (casting and attn_mask.is_floating_point())
+    if attn_mask is not None and not fits:
         raise ValueError(f"attn_mask: got dtype {attn_mask.dtype}, allowed are bool and query's {query.dtype}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: got {dropout_p}, must be at least 0 and below 1")
@@ -319,7 +341,7 @@ def _flash(
         softcap=softcap,
         **others,
     )
-    out, lse = attention(check(x), backend)
+    out, lse = attention(check(x), backend, need_lse=return_attn_probs)
     return (out, lse, None) if return_attn_probs else out
 
 
@@ -365,14 +387,16 @@ def flash_attn_qkvpacked_func(qkv: Tensor, *args: Any, **kwargs: Any) -> Any:
     """`flash_attn_func` of qkv (B, S, 3, H, D); the other arguments are the same, in the same order."""
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv: got shape {tuple(qkv.shape)}, need (batch, positions, 3, heads, head_dim)")
-    return flash_attn_func(*qkv.unbind(2), *args, **kwargs)
+    q, k, v = qkv.unbind(2)
+    return flash_attn_func(q, k, v, *args, **kwargs)
 
 
 def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> Any:
     """`flash_attn_func` of q (B, S, H, D) and kv (B, T, 2, G, D); the other arguments are the same, in the same order."""
     if kv.dim() != 5 or kv.shape[2] != 2:
         raise ValueError(f"kv: got shape {tuple(kv.shape)}, need (batch, positions, 2, heads, head_dim)")
-    return flash_attn_func(q, *kv.unbind(2), *args, **kwargs)
+    k, v = kv.unbind(2)
+    return flash_attn_func(q, k, v, *args, **kwargs)
 
 
 def flash_attn_varlen_func(
@@ -415,10 +439,12 @@ def flash_attn_varlen_qkvpacked_func(qkv: Tensor, cu_seqlens: Tensor, max_seqlen
     """`flash_attn_varlen_func` of qkv (sum of S, 3, H, D); the other arguments are the same, in the same order."""
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv: got shape {tuple(qkv.shape)}, need (tokens, 3, heads, head_dim)")
-    return flash_attn_varlen_func(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *args, **kwargs)
+    q, k, v = qkv.unbind(1)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *args, **kwargs)
 
 
 __all__ = [
+    "debug_checks",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",

@@ -12,12 +12,15 @@ from dataclasses import fields
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from .._dispatch import NAMESPACE, Implementation, choose, only_on, register, why_not_triton
+from .fused import fused, why_not
 from .reference import Inputs, attention_reference
 
 _TENSORS = ("q", "k", "v", "bias", "mask", "alibi_slopes", "s_aux", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "seed")
-assert tuple(field.name for field in fields(Inputs))[: len(_TENSORS)] == _TENSORS
+_NAMES = tuple(field.name for field in fields(Inputs))  # here, because torch.compile cannot trace fields()
+assert _NAMES[: len(_TENSORS)] == _TENSORS
 
 
 def _function(implementation: str, direction: str):  # type: ignore[no-untyped-def]  # triton is imported at first use
@@ -120,7 +123,7 @@ def _(out, lse, grad_out, grad_lse, needs_bias, q, k, v, bias, mask, alibi_slope
         torch.empty_like(q, memory_format=torch.contiguous_format),
         torch.empty_like(k, memory_format=torch.contiguous_format),
         torch.empty_like(v, memory_format=torch.contiguous_format),
-        q.new_empty(bias.shape if needs_bias else (0,)),
+        bias.new_empty(bias.shape) if needs_bias else q.new_empty(0),
         lse.new_empty((0,) if s_aux is None else s_aux.shape),
     )
 
@@ -188,6 +191,7 @@ def _vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
         if name == "alibi_slopes" and tensor.dim() == 2:
             tensor = tensor[:, None].expand(n, batch, -1)
         elif name in ("bias", "mask"):
+            tensor = tensor[(slice(None),) + (None,) * (5 - tensor.dim())]  # (n, batch or 1, ...)
             tensor = tensor.expand(n, batch, *tensor.shape[2:])
         return tensor.flatten(0, 1)
 
@@ -202,30 +206,50 @@ _attention.register_vmap(_vmap)
 def _run(x: Inputs, implementation: str) -> tuple[Tensor, Tensor]:
     if x.q.dtype == torch.float64 and implementation == "triton":
         return attention_reference(x)
-    options = [getattr(x, field.name) for field in fields(Inputs)]
-    out, lse = _attention(*options, implementation)
+    # A registered op without a forward-mode formula drops tangents in silence.
+    if not torch.compiler.is_compiling() and any(
+        tensor is not None and unpack_dual(tensor).tangent is not None for tensor in (x.q, x.k, x.v, x.bias, x.s_aux)
+    ):
+        raise NotImplementedError("attention has no forward-mode derivative (use backend='reference')")
+    out, lse = _attention(*[getattr(x, name) for name in _NAMES], implementation)
     return out, lse
 
 
-def _triton(x: Inputs) -> tuple[Tensor, Tensor]:
+def _triton(x: Inputs, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     return _run(x, "triton")
 
 
-def _cpu(x: Inputs) -> tuple[Tensor, Tensor]:
-    return _run(x, "cpu")
+def _cpu(x: Inputs, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+    s, t = x.lengths
+    # PyTorch's builds the S x T matrix for dropout, and needs one to hold slopes.
+    small = x.dropout_p == 0 and (x.alibi_slopes is None or max(s, t) <= 2048)
+    return (fused(x), None) if small and why_not(x, need_lse) is None else _run(x, "cpu")
+
+
+def _torch(x: Inputs, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+    reason = why_not(x, need_lse)
+    if reason is not None:
+        raise ValueError(f"backend: 'torch' was asked for, and PyTorch's own attention does not cover {reason}")
+    return fused(x), None
+
+
+def _reference(x: Inputs, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+    return attention_reference(x)
 
 
 register(
     "flash_attention",
     Implementation("triton", _triton, why_not_triton),
     Implementation("cpu", _cpu, only_on("cpu")),
-    Implementation("reference", attention_reference),
+    Implementation("reference", _reference),
+    Implementation("torch", _torch),
 )
 
 
-def attention(x: Inputs, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a checked problem by the implementation that `backend`, the device and the machine choose."""
-    out, lse = choose("flash_attention", x.q.device.type, backend)(x)
+def attention(x: Inputs, backend: str | None = None, need_lse: bool = True) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of a checked problem by the implementation that `backend`, the device and the machine choose. lse may be None
+    where it is not needed."""
+    out, lse = choose("flash_attention", x.q.device.type, backend)(x, need_lse)
     return out, lse
 
 

@@ -80,16 +80,25 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def keep_mask(
-    seed: Tensor, dropout_p: float, batch: int, heads: int, s: int, t: int, first_batch: int = 0, first_row: int = 0
+    seed: Tensor,
+    dropout_p: float,
+    batch: int,
+    heads: int,
+    s: int,
+    t: int,
+    first_batch: int = 0,
+    first_row: int = 0,
+    first_key: int = 0,
 ) -> Tensor:
     """Which weights dropout keeps, (batch, heads, s, t) bool: Philox4x32-7 (Salmon et al. 2011).
 
     key seed[0], counter (j // 4, i, b * heads + h, seed[1]); word j % 4 is compared with dropout_p in 24 bits. Every
-    implementation draws these numbers, whatever its tiles. Batch and rows count from first_batch and first_row.
+    implementation draws these numbers, whatever its tiles. Batch, rows and keys count from first_batch, first_row and
+    first_key (a multiple of 4).
     """
     device = seed.device
     shape = (batch * heads, s, (t + 3) // 4)
-    c0 = torch.arange(shape[2], device=device).expand(shape)
+    c0 = (torch.arange(shape[2], device=device) + first_key // 4).expand(shape)
     c1 = (torch.arange(s, device=device) + first_row)[:, None].expand(shape)
     c2 = (torch.arange(shape[0], device=device) + first_batch * heads)[:, None, None].expand(shape)
     c3 = (seed[1] & _M32).expand(shape)
@@ -147,7 +156,7 @@ def _dense(x: Inputs, first_batch: int = 0) -> tuple[Tensor, Tensor]:
         assert x.seed is not None
         keep = keep_mask(x.seed, x.dropout_p, q.shape[0], q.shape[1], s, t, first_batch)
         weights = weights * keep / (1 - x.dropout_p)
-    return (weights @ v).transpose(1, 2), lse
+    return (weights.to(v.dtype) @ v).transpose(1, 2), lse  # a bias may be wider than q
 
 
 def _one(x: Inputs, b: int) -> Inputs:
@@ -201,17 +210,22 @@ def attention_weights(
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """The softmax weights (B, H, S, T). Arguments as `scaled_dot_product_attention`; rows without a key are 0.
 
-    As in PyTorch, is_causal aligns the diagonal at the top left: query i sees keys 0..i.
+    As in PyTorch, is_causal aligns the diagonal at the top left: query i sees keys 0..i; alibi_slopes (H) count from there.
     """
     if key.shape[-3] != query.shape[-3]:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     scores = query @ key.transpose(-2, -1) * scale  # (B, H, S, T)
+    if alibi_slopes is not None:
+        i, j = (torch.arange(n, device=query.device) for n in scores.shape[-2:])
+        scores = scores - alibi_slopes.to(scores.dtype)[:, None, None] * (i[:, None] - j).abs()
     if is_causal:
-        scores = scores.masked_fill(~visible(*scores.shape[-2:], -1, 0, 0, scores.device), -math.inf)
+        s, t = scores.shape[-2:]
+        scores = scores.masked_fill(~visible(s, t, -1, 0, 0, scores.device), -math.inf)
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             scores = scores.masked_fill(~attn_mask, -math.inf)
