@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from .conftest import ROOT, ReplayClock, Summary
+from .conftest import ROOT, Summary
+from .timing import replay
 from .training_worker import IMPLEMENTATIONS
 
 _W128 = {
@@ -108,18 +109,9 @@ def test_training_step(
 ) -> None:
     rounds = measure(label, precision, sizes, device)[name]
     size = SIZES[sizes][label]
-    seconds = iter([r["seconds"] for r in rounds])
-    clock = ReplayClock()
-    benchmark._timer = clock
-
-    def step() -> None:
-        clock.now += next(seconds)
-
-    benchmark.group = f"training step {label} {precision}"
-    benchmark.name = name
-    benchmark.pedantic(step, rounds=len(rounds), iterations=1)
-    tokens = size["batch_size"] * size["context_length"]
     durations = [r["seconds"] for r in rounds]
+    replay(benchmark, f"training step {label} {precision}", name, durations)
+    tokens = size["batch_size"] * size["context_length"]
     peak = max(r["peak_bytes"] for r in rounds)
     rate = tokens / statistics.median(durations)
     benchmark.extra_info.update(size, tokens_per_second=rate, peak_bytes=peak, precision=precision, device=device)
