@@ -82,20 +82,36 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def tests(args: argparse.Namespace) -> dict[str, Any]:
-    """The tests marked `gpu` (on a CPU: some of the ops' own, to prove that this part works)."""
+    """The tests marked `gpu`, a process for each file (on a CPU: some of the ops' own, to prove that this part works)."""
     # Only files that hold such tests are collected: the others may need packages that a GPU machine lacks.
-    marked = sorted(str(p) for p in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in p.read_text())
-    selection = ["-m", "gpu", *marked] if args.device == "cuda" else ["tests/test_dispatch.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selection]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    tail = (done.stdout + done.stderr).strip().splitlines()[-30:]
-    print("\n".join(tail))
-    return {
-        "exit_code": done.returncode,
-        "passed": done.returncode == 0,
-        "summary": tail[-1] if tail else "",
-        "tail": tail,
-    }
+    marks = re.compile(r"mark\.gpu|^DEVICE = ", re.MULTILINE)  # or tests that run wherever there is a device
+    files = sorted(p.name for p in (ROOT / "tests").glob("test_*.py") if marks.search(p.read_text()))
+    if args.device == "cpu":
+        files = ["test_dispatch.py", "test_attention.py"]
+    return _pytest_each([[f"tests/{name}"] for name in files])
+
+
+def sanitizer(args: argparse.Namespace) -> dict[str, Any]:
+    """compute-sanitizer's memcheck and racecheck over the tests that are small enough for it."""
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if args.device == "cpu" or not Path(tool).exists():
+        return {"passed": True, "summary": "not run: " + ("no GPU" if args.device == "cpu" else "no compute-sanitizer here")}
+    selection = ["tests/test_attention_gpu.py", "-k", "small_set"]
+    return _pytest_each(
+        [selection] * 2, [[tool, "--tool", name, "--error-exitcode", "9"] for name in ("memcheck", "racecheck")]
+    )
+
+
+def _pytest_each(selections: list[list[str]], before: list[list[str]] | None = None) -> dict[str, Any]:
+    results = []
+    for i, selection in enumerate(selections):
+        prefix = before[i] if before else []
+        command = [*prefix, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selection]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        tail = (done.stdout + done.stderr).strip().splitlines()[-30:]
+        print("\n".join(tail), flush=True)
+        results.append({"command": command, "exit_code": done.returncode, "tail": tail})
+    return {"passed": all(result["exit_code"] == 0 for result in results), "runs": results}
 
 
 def train(args: argparse.Namespace, backend: str, compiled: bool) -> dict[str, Any]:
@@ -158,10 +174,10 @@ def train(args: argparse.Namespace, backend: str, compiled: bool) -> dict[str, A
     return figures
 
 
-def throughput(args: argparse.Namespace) -> dict[str, Any]:
-    """bench/bench_training.py, its pytest-benchmark JSON."""
-    path = Path(args.out) / "throughput-raw.json"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench/bench_training.py",
+def benchmark(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """bench/bench_<name>.py, its pytest-benchmark JSON."""
+    path = Path(args.out) / f"{name}-raw.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"bench/bench_{name}.py",
                "--sizes", args.sizes, "--device", args.device, f"--benchmark-json={path}"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print("\n".join(done.stdout.splitlines()[-40:]))
@@ -179,7 +195,9 @@ PARTS: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any]], int]] = {
     "train-reference": (lambda a: train(a, "reference", False), 180),
     "train-sdpa-compile": (lambda a: train(a, "torch", a.device == "cuda"), 240),
     "train-ours": (lambda a: train(a, "auto", False), 180),
-    "throughput": (throughput, 180),
+    "attention": (lambda a: benchmark(a, "attention"), 240),
+    "throughput": (lambda a: benchmark(a, "training"), 180),
+    "sanitizer": (sanitizer, 180),
 }
 
 

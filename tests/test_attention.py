@@ -1,11 +1,17 @@
 """Attention: reference and PyTorch's path against the formula in float64, and what cannot be computed."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 from wikigpt.kernels import alibi_slopes, attention_weights, scaled_dot_product_attention
+from wikigpt.kernels.attention.op import attention
+from wikigpt.kernels.attention.reference import attention_reference
 
+from tests.attention_cases import Case, build
 from tests.conftest import assert_as_accurate_as
 
 CASES = {
@@ -92,3 +98,115 @@ def tensors(**shapes):
 def test_bad_arguments_are_named(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         scaled_dot_product_attention(*arguments, **options)
+
+
+# --- the reference of every feature against three oracles ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        ("causal", "softcap", "bias", "sinks"),
+        ("window", "alibi", "dropout"),
+        ("varlen", "alibi_per_batch", "used_keys", "causal"),
+        ("mask", "bias_of_keys", "top_left"),
+    ],
+    ids="-".join,
+)
+def test_the_reference_has_the_gradients_of_finite_differences(features):
+    x = build(Case(features, torch.float64, batch=2, s=5, t=6, heads=2, groups=1, head_dim=3, v_head_dim=2, seed=3))
+    names = [name for name in ("q", "k", "v", "bias", "s_aux") if getattr(x, name) is not None]
+
+    def function(*tensors):
+        out, lse = attention_reference(replace(x, **dict(zip(names, tensors))))
+        return out, lse.masked_fill(lse == -math.inf, 0.0)
+
+    assert torch.autograd.gradcheck(function, [getattr(x, name).double().requires_grad_() for name in names])
+
+
+def flex_modifications(x):
+    """The same problem in FlexAttention's terms: (score_mod, mask_mod)."""
+    diagonal = 0 if x.top_left else x.k.shape[1] - x.q.shape[1]
+
+    def score_mod(score, b, h, i, j):
+        if x.softcap > 0:
+            score = x.softcap * torch.tanh(score / x.softcap)
+        if x.alibi_slopes is not None:
+            score = score - x.alibi_slopes[h].double() * (i + diagonal - j).abs()
+        if x.bias is not None:
+            score = score + x.bias.expand(2, 2, *x.bias.shape[-2:])[b, h, i, j]
+        return score
+
+    def mask_mod(b, h, i, j):
+        keep = (i >= 0) & (j >= 0)
+        if x.window_left >= 0:
+            keep = keep & (j >= i + diagonal - x.window_left)
+        if x.window_right >= 0:
+            keep = keep & (j <= i + diagonal + x.window_right)
+        if x.mask is not None:
+            keep = keep & x.mask.expand(2, 2, *x.mask.shape[-2:])[b, h, i, j]
+        return keep
+
+    return score_mod, mask_mod
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    "features",
+    [(), ("causal",), ("top_left", "causal"), ("window",), ("softcap",), ("alibi", "causal"), ("bias",), ("mask",)],
+    ids=lambda features: "-".join(features) or "plain",
+)
+def test_the_reference_equals_flex_attention(features):
+    x = build(Case(features, torch.float64, s=17, t=23, heads=2, groups=1, seed=5))
+    score_mod, mask_mod = flex_modifications(x)
+    q, k, v = (tensor.transpose(1, 2).contiguous() for tensor in (x.q, x.k, x.v))
+    mask = create_block_mask(mask_mod, 2, 2, 17, 23, device="cpu")
+    expected, aux = flex_attention(
+        q, k, v, score_mod, mask, scale=x.softmax_scale, enable_gqa=True, return_aux=AuxRequest(lse=True)
+    )
+    out, our_lse = attention_reference(x)
+    torch.testing.assert_close(out.transpose(1, 2), expected)
+    torch.testing.assert_close(our_lse, aux.lse)
+
+
+@pytest.mark.parametrize("features", [(), ("top_left", "causal"), ("mask",), ("bias",)], ids=lambda f: "-".join(f) or "plain")
+def test_the_reference_equals_pytorchs_attention_and_its_gradients(features):
+    x = build(Case(features, torch.float64, s=17, t=23, heads=4, groups=2, seed=6))
+    leaves = [tensor.clone().requires_grad_() for tensor in (x.q, x.k, x.v)]
+    q, k, v = (tensor.transpose(1, 2) for tensor in leaves)
+    mask = x.mask if x.bias is None else x.bias
+    expected = F.scaled_dot_product_attention(q, k, v, mask, is_causal=x.window_right == 0, enable_gqa=True).transpose(1, 2)
+    out, _ = attention_reference(replace(x, q=leaves[0], k=leaves[1], v=leaves[2]))
+    torch.testing.assert_close(out, expected)
+    weight = torch.randn_like(out)
+    for ours, theirs in zip(torch.autograd.grad(out, leaves, weight), torch.autograd.grad(expected, leaves, weight)):
+        torch.testing.assert_close(ours, theirs)
+
+
+# --- which of PyTorch's kernels covers what -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("s", "t"), [(1, 9), (5, 9), (9, 9)])
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_pytorchs_fused_attention_takes_flash_attentions_alignment(s, t, alibi, causal):
+    x = build(Case(("alibi",) if alibi else (), torch.float32, s=s, t=t, heads=4, groups=2))
+    x = replace(x, window_right=0 if causal else -1)
+    wide = replace(x, q=x.q.double(), k=x.k.double(), v=x.v.double())
+    out, _ = attention(x, "torch", need_lse=False)
+    assert_as_accurate_as(out, attention_reference(x)[0], attention_reference(wide)[0], absolute=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("features", "missing"),
+    [
+        (("softcap",), "softcap"),
+        (("sinks",), "s_aux"),
+        (("varlen",), "cu_seqlens"),
+        (("window",), "window_size"),
+        (("mask",), "attn_mask"),
+    ],
+)
+def test_pytorchs_backend_names_what_it_does_not_cover(features, missing):
+    with pytest.raises(ValueError, match=f"'torch' was asked for, and PyTorch's own attention does not cover {missing}"):
+        attention(build(Case(features)), "torch", need_lse=False)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from tests.conftest import assert_as_accurate_as
 from wikigpt.config import resolve
 from wikigpt.data import prepare
 from wikigpt.generate import generate
@@ -37,6 +38,23 @@ def test_loss_and_gradients_equal_those_of_the_cpu_in_float64(options, backend):
     torch.testing.assert_close(loss.cpu().double(), expected, rtol=1e-9, atol=1e-9)
     for (name, p), q in zip(truth.named_parameters(), model.parameters()):
         torch.testing.assert_close(q.grad.cpu(), p.grad, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("options", [{}, LLAMA, {"position": "alibi"}], ids=["gpt2", "llama", "alibi"])
+def test_the_triton_backend_is_as_accurate_as_the_reference_in_float32(options):
+    truth = make_model(**options, backend="reference").double().cuda()
+    x = torch.randint(1000, (3, 100)).cuda()
+
+    def run(model):
+        loss = model(x, x.roll(-1, 1))
+        loss.backward()
+        return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+    expected = run(truth)
+    plain, ours = (run(make_model(**options, backend=name).cuda()) for name in ("reference", "triton"))
+    assert_as_accurate_as(ours[0], plain[0], expected[0])
+    for name, grad in expected[1].items():
+        assert_as_accurate_as(ours[1][name], plain[1][name], grad, absolute=1e-7)
 
 
 def test_generation_with_the_cache_equals_the_full_forward():
