@@ -38,29 +38,38 @@ class Rows:
 
 
 # (largest padded head_dim of q, k and v) -> rows, for 16-bit inputs. One architecture without a table of its own takes that of
-# the nearest older one.
+# the nearest older one. Rows are the largest tiles that spill nothing: compile_report.EXCEPTIONS says where there are none.
 _TABLE: dict[int, dict[int, Rows]] = {
     80: {
-        64: Rows(Row(128, 64, 4, 3), Row(64, 64, 4, 3), Row(64, 64, 4, 3)),
-        128: Rows(Row(128, 64, 8, 3), Row(64, 64, 4, 2), Row(64, 64, 8, 2)),
-        256: Rows(Row(64, 32, 4, 2), Row(64, 32, 8, 1), Row(32, 64, 8, 1)),
+        64: Rows(Row(128, 64, 8, 3), Row(64, 32, 4, 3), Row(16, 64, 4, 3)),
+        128: Rows(Row(128, 32, 8, 3), Row(64, 64, 8, 2), Row(64, 64, 8, 2)),
+        256: Rows(Row(64, 64, 8, 2), Row(64, 32, 8, 2), Row(32, 32, 8, 2)),
     },
-    86: {
-        64: Rows(Row(128, 64, 4, 2), Row(64, 64, 4, 2), Row(64, 64, 4, 2)),
-        128: Rows(Row(64, 64, 4, 2), Row(64, 32, 4, 2), Row(32, 64, 4, 2)),
-        256: Rows(Row(64, 32, 4, 1), Row(32, 32, 4, 1), Row(32, 32, 4, 1)),
+    86: {  # 99 KiB of shared memory a block
+        64: Rows(Row(128, 64, 8, 3), Row(64, 32, 4, 2), Row(16, 64, 4, 3)),
+        128: Rows(Row(128, 32, 8, 3), Row(64, 64, 8, 2), Row(64, 64, 8, 2)),
+        256: Rows(Row(64, 32, 8, 2), Row(64, 16, 8, 2), Row(32, 32, 8, 2)),
     },
-    90: {
-        64: Rows(Row(128, 128, 8, 3), Row(128, 64, 8, 3), Row(64, 128, 8, 3)),
-        128: Rows(Row(128, 128, 8, 2), Row(128, 64, 8, 2), Row(64, 128, 8, 2)),
-        256: Rows(Row(128, 64, 8, 2), Row(64, 64, 8, 1), Row(64, 64, 8, 1)),
+    90: {  # block_m of the forward pass and of dQ, block_n of dK and dV are a warpgroup's 64 rows or a multiple, for wgmma
+        64: Rows(Row(128, 128, 8, 3), Row(128, 64, 8, 3), Row(32, 128, 8, 3)),
+        128: Rows(Row(128, 64, 8, 3), Row(128, 64, 8, 2), Row(32, 128, 8, 3)),
+        256: Rows(Row(128, 32, 8, 3), Row(128, 32, 8, 2), Row(16, 64, 8, 3)),
+    },
+    100: {  # the same for tcgen05. One stage keeps the sums of dK and dV in tensor memory; more move them to registers and back
+        64: Rows(Row(128, 128, 8, 2, tma=True), Row(128, 64, 8, 3), Row(64, 64, 8, 1)),
+        128: Rows(Row(128, 64, 8, 3, tma=True), Row(64, 64, 8, 2, tma=True), Row(64, 64, 8, 1)),
+        256: Rows(Row(64, 64, 8, 2, tma=True), Row(64, 32, 8, 1), Row(16, 64, 8, 1)),
     },
 }
-_TABLE[100] = _TABLE[90]
 _TABLE[120] = _TABLE[86]
 
-# float32 needs twice the room, and the interpreter wants many small tiles so that a test crosses their borders.
-_FLOAT32 = Rows(Row(32, 32, 4, 1), Row(32, 32, 4, 1), Row(32, 32, 4, 1))
+# float32 is multiplied without tensor cores, element by element: tiles are as large as the registers. The interpreter wants
+# many small tiles so that a test crosses their borders.
+_FLOAT32 = {
+    64: Rows(Row(32, 32, 4, 2), Row(32, 32, 8, 2), Row(32, 32, 4, 1)),
+    128: Rows(Row(32, 32, 8, 2), Row(32, 16, 8, 2), Row(32, 32, 4, 1)),
+    256: Rows(Row(32, 16, 8, 2), Row(16, 16, 8, 2), Row(16, 16, 4, 2)),
+}
 _INTERPRETER = Rows(Row(32, 16, 1, 1), Row(16, 32, 1, 1), Row(32, 16, 1, 1))
 
 
@@ -97,9 +106,7 @@ def rows(x: Inputs) -> Rows:
     arch = architecture(x.q.device)
     if arch == 0:
         return _INTERPRETER
-    if x.q.dtype == torch.float32:
-        return _FLOAT32
-    table = _TABLE[max((known for known in _TABLE if known <= arch), default=80)]
+    table = _FLOAT32 if x.q.dtype == torch.float32 else _TABLE[max((known for known in _TABLE if known <= arch), default=80)]
     width = max(padded(x.q.shape[-1]), padded(x.v.shape[-1]))
     return table[min(known for known in table if known >= width)]
 

@@ -431,17 +431,15 @@ def config(arch: int, head_dim: int, dtype: torch.dtype, n_rows: int, paged: boo
     """Block sizes of `_decode` for the larger head_dim of q and v and n_rows queries per key/value head.
 
     A block of keys or values is 16 KiB, so that three stages of both fit the shared memory of every architecture; half of it
-    beside 64 rows, whose registers would spill. Page numbers are one more load, which the pages wait for: two more stages
-    keep as many pages in flight.
+    beside 64 rows or for float32, where registers would spill. Page numbers are one more load, which the pages wait for: two
+    more stages keep as many pages in flight.
     """
     if arch == 0:  # the interpreter: small tiles, so that tests cross their borders
         return {"BLOCK_M": min(32, padded(n_rows)), "BLOCK_N": 16, "num_warps": 1, "num_stages": 1}
-    stages, row = 5 if paged else 3, padded(head_dim) * dtype.itemsize
-    if dtype == torch.float32:  # without tensor cores: larger tiles spill
-        return {"BLOCK_M": 16, "BLOCK_N": max(16, 4096 // row), "num_warps": 4, "num_stages": stages}
-    block_m = min(64 if head_dim <= 128 else 32, padded(n_rows))
-    block_n = min(128, (8192 if block_m == 64 else 16384) // row)
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": stages}
+    wide, row = dtype == torch.float32, padded(head_dim) * dtype.itemsize
+    block_m = 16 if wide else min(64 if head_dim <= 128 else 32, padded(n_rows))
+    block_n = max(16, min(128, (8192 if wide or block_m == 64 else 16384) // row))
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 5 if paged and not wide else 3}
 
 
 @functools.lru_cache(4096)

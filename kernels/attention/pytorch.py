@@ -36,11 +36,10 @@ _Result = Any  # what the operator returns, or None: then PyTorch's own kernel i
 
 
 def _plain(*tensors: Tensor | None) -> bool:
-    """Whether all are ordinary tensors of a dtype of ours; of the others (nested, DTensor) even the shape may be no shape."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    if any(is_traceable_wrapper_subclass(tensor) or tensor.is_nested for tensor in given):
+    """Whether none is a tensor of tensors (DTensor, jagged), which PyTorch takes apart, and the first has a dtype of ours."""
+    if any(is_traceable_wrapper_subclass(tensor) for tensor in tensors):
         return False
-    return given[0].dtype in (torch.float16, torch.bfloat16, torch.float32) and given[0].layout == torch.strided
+    return tensors[0] is not None and tensors[0].dtype in (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _checked(x: Inputs) -> Inputs | None:
@@ -86,7 +85,7 @@ def _sdpa(
     if query.shape[-3] != key.shape[-3] and not enable_gqa:
         return None
     if attn_mask is not None:
-        if is_causal or attn_mask.dtype not in (torch.bool, query.dtype) or attn_mask.dim() > rank:
+        if is_causal or attn_mask.dtype not in (torch.bool, query.dtype, torch.float32) or attn_mask.dim() > rank:
             return None
         if rank > 4 and attn_mask.dim() > 3:
             attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).flatten(0, -4)

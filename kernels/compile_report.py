@@ -1,0 +1,335 @@
+"""What the compiler makes of every Triton kernel on every architecture, without a GPU.
+
+    python -m wikigpt.kernels.compile_report [op ...] [--arch 80 90] [--markdown | --json]
+
+prints registers, spills, shared memory, occupancy, matrix instructions and load width. `compile_only` puts a driver without
+a device in Triton's place and turns each launch into a compilation, so an op enters `OPS` with nothing but calls of its own
+launch code on representative inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+KiB = 1024
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one architecture: CUDA C++ programming guide, "Technical specifications per compute capability"."""
+
+    shared_block: int
+    shared_multiprocessor: int
+    warps: int
+    blocks: int
+    family: str
+    registers: int = 65536
+    tensor_memory: int = 512
+
+
+ARCHITECTURES = {
+    80: Limits(163 * KiB, 164 * KiB, 64, 32, "mma"),
+    86: Limits(99 * KiB, 100 * KiB, 48, 16, "mma"),
+    89: Limits(99 * KiB, 100 * KiB, 48, 24, "mma"),
+    90: Limits(227 * KiB, 228 * KiB, 64, 32, "wgmma"),
+    100: Limits(227 * KiB, 228 * KiB, 64, 32, "tcgen05"),
+    120: Limits(99 * KiB, 100 * KiB, 48, 24, "mma"),
+}
+
+
+class _NoDevice:
+    """What Triton asks of a driver to compile for sm_<arch>."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # a kernel keeps its compiled forms per device, and with them the target
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def compile_only(arch: int) -> Iterator[list[Any]]:
+    """Inside the block kernels are compiled for sm_<arch> and not launched; the list collects what was compiled, in order.
+
+    Raises RuntimeError where Triton interprets kernels: what was imported under TRITON_INTERPRET cannot be compiled.
+    """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: kernels cannot be compiled in this process")
+    compiled: list[Any] = []
+    run, active = JITFunction.run, driver._active
+
+    def compile_kernel(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        compiled.append(run(self, *args, grid=grid, warmup=True, **options))
+        return compiled[-1]
+
+    driver.set_active(_NoDevice(arch))
+    JITFunction.run = compile_kernel
+    try:
+        yield compiled
+    finally:
+        JITFunction.run, driver._active = run, active
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel. shared and spills in bytes, spills per thread; occupancy in blocks and in parts of all warps."""
+
+    op: str
+    case: str
+    name: str
+    arch: int
+    warps: int
+    stages: int
+    registers: int
+    spills: int
+    shared: int
+    blocks: int
+    occupancy: float
+    instruction: str
+    instructions: int
+    load: str
+    blocking: str
+
+
+def measure(op: str, case: str, arch: int, kernel: Any) -> Kernel:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))  # type: ignore[index]
+    meta, ptx, limits = kernel.metadata, kernel.asm["ptx"], ARCHITECTURES[arch]
+    per_warp = -(-registers * 32 // 256) * 256
+    blocks = min(
+        limits.blocks,
+        limits.warps // meta.num_warps,
+        limits.registers // (per_warp * meta.num_warps),
+        limits.shared_multiprocessor // (meta.shared + KiB),  # the system keeps 1 KiB of each block
+        limits.tensor_memory // max(getattr(meta, "tmem_size", 0) or 0, 1),
+    )
+    patterns = {"tcgen05": r"tcgen05\.mma\.", "wgmma": r"wgmma\.mma_async", "mma": r"\bmma\.sync"}
+    counts = {family: len(re.findall(pattern, ptx)) for family, pattern in patterns.items()}
+    family = next((family for family, count in counts.items() if count), "fma")
+    return Kernel(
+        op, case, meta.name, arch, meta.num_warps, meta.num_stages, registers, stack, meta.shared, blocks,
+        blocks * meta.num_warps / limits.warps, family, counts.get(family, 0), _load(ptx), _blocking(kernel),
+    )  # fmt: skip
+
+
+def _blocking(kernel: Any) -> str:
+    """The kernel's block sizes, "128x64"."""
+    constants = {kernel.src.fn.arg_names[path[0]]: value for path, value in kernel.src.constants.items()}
+    sizes = [constants.get(name) for name in ("BLOCK_M", "BLOCK_N")]
+    return "x".join(str(size) for size in sizes if size is not None)
+
+
+def _load(ptx: str) -> str:
+    """The widest load from global memory."""
+    if "cp.async.bulk.tensor" in ptx:
+        return "TMA"
+    asynchronous = [int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+|\d+)[,;]", ptx)]
+    if asynchronous:
+        return f"async {max(asynchronous)} B"
+    direct = [int(n or 1) * int(bits) // 8 for n, bits in re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", ptx)]
+    return f"{max(direct, default=0)} B"
+
+
+# --- what is compiled -----------------------------------------------------------------------------------------------
+
+Cases = dict[str, Callable[[], object]]
+
+
+def _attention_case(dtype: torch.dtype, head_dim: int, causal: bool, heads: int = 8, **options: Any) -> Callable[[], object]:
+    def launch() -> None:
+        from .attention.backward import backward
+        from .attention.forward import forward
+        from .attention.reference import Inputs
+
+        packed = "cu_seqlens_q" in options
+        shape = (4096,) if packed else (2, 2048)
+        q = torch.empty(*shape, heads, head_dim, dtype=dtype, device="meta")
+        k = torch.empty(*shape, 2, head_dim, dtype=dtype, device="meta")
+        given = {name: value(dtype) if callable(value) else value for name, value in options.items()}
+        x = Inputs(q, k, k, softmax_scale=0.125, window_right=0 if causal else -1, **given)
+        out, lse = forward(x)
+        backward(x, out, lse, out, None, x.bias is not None)
+
+    return launch
+
+
+def _attention() -> Cases:
+    """Every row of the table of block sizes."""
+    return {
+        f"{str(dtype)[6:]} {head_dim} {'causal' if causal else 'full'}": _attention_case(dtype, head_dim, causal)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for head_dim in (64, 128, 256)
+        for causal in (True, False)
+    }
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _attention_features() -> Cases:
+    """Everything besides causal that a kernel can be asked for."""
+    lengths = _meta(3, dtype=torch.int32)
+    features: dict[str, dict[str, Any]] = {
+        "packed": {"cu_seqlens_q": lengths, "cu_seqlens_k": lengths, "max_seqlen_q": 2048, "max_seqlen_k": 2048},
+        "used": {"seqused_k": lengths},
+        "dropout": {"dropout_p": 0.1, "seed": _meta(2, dtype=torch.int64)},
+        "bias": {"bias": lambda dtype: _meta(2, 8, 2048, 2048, dtype=dtype)},
+        "mask": {"mask": _meta(2, 1, 2048, 2048, dtype=torch.bool)},
+        "softcap": {"softcap": 30.0},
+        "alibi": {"alibi_slopes": _meta(8)},
+        "window": {"window_left": 256},
+        "sink": {"s_aux": _meta(8)},
+    }
+    names = ("dropout", "bias", "mask", "softcap", "alibi", "window", "sink", "used")
+    features["everything"] = {option: value for name in names for option, value in features[name].items()}
+    return {
+        f"{str(dtype)[6:]} {head_dim} {name}": _attention_case(dtype, head_dim, True, **options)
+        for name, options in features.items()
+        for dtype in (torch.bfloat16, torch.float32)
+        for head_dim in (64, 128, 256)
+    }
+
+
+def _decode_case(dtype: torch.dtype, head_dim: int, paged: bool) -> Callable[[], object]:
+    def launch() -> None:
+        from .attention.decode import forward
+        from .attention.kvcache import CacheInputs
+
+        q, new = _meta(4, 1, 8, head_dim, dtype=dtype), _meta(4, 1, 2, head_dim, dtype=dtype)
+        cache = _meta(64, 256, 2, head_dim, dtype=dtype) if paged else _meta(4, 4096, 2, head_dim, dtype=dtype)
+        lengths, table = _meta(4, dtype=torch.int32), _meta(4, 16, dtype=torch.int32) if paged else None
+        angles = _meta(4096, head_dim // 2, dtype=dtype)
+        forward(
+            CacheInputs(
+                q, cache, cache, new, new, angles, angles, lengths, None, None, table, None, None, seqlen=None,
+                softmax_scale=0.125, window_left=-1, window_right=0, softcap=0.0, rotary_interleaved=False, num_splits=8,
+            )
+        )  # fmt: skip
+
+    return launch
+
+
+def _attention_decode() -> Cases:
+    """One new token for each sequence of a cache: append, attend in splits, combine."""
+    return {
+        f"{str(dtype)[6:]} {head_dim} {'paged' if paged else 'dense'}": _decode_case(dtype, head_dim, paged)
+        for dtype in (torch.bfloat16, torch.float32)
+        for head_dim in (64, 128, 256)
+        for paged in (False, True)
+    }
+
+
+OPS: dict[str, Callable[[], Cases]] = {
+    "attention": _attention,
+    "attention_features": _attention_features,
+    "attention_decode": _attention_decode,
+}
+
+
+# (kernel, architecture, part of the case's name) -> why this row of a table spills.
+EXCEPTIONS = {
+    ("_dkdv", 90, "float16 128 causal"): "a few loop-invariant addresses; the next smaller tile, 16 queries, starves wgmma",
+    ("_dkdv", 90, "float16 256"): "the sums of dK and dV alone are 128 registers a thread; without wgmma it would fit",
+    ("_dkdv", 100, "float16 256"): "the sums of dK and dV pass through 128 registers a thread; without tcgen05 it would fit",
+}
+
+
+def excuse(kernel: Kernel) -> tuple[str, int, str] | None:
+    """The entry of EXCEPTIONS that covers the kernel."""
+    return next((key for key in EXCEPTIONS if key[:2] == (kernel.name, kernel.arch) and key[2] in kernel.case), None)
+
+
+def report(op: str, arch: int, case: str) -> list[Kernel]:
+    """The kernels that one case launches, each once."""
+    with compile_only(arch) as compiled:
+        OPS[op]()[case]()
+    return [measure(op, case, arch, kernel) for kernel in {kernel.hash: kernel for kernel in compiled}.values()]
+
+
+# --- command line ---------------------------------------------------------------------------------------------------
+_TITLES = {
+    "op": "op", "arch": "sm", "case": "inputs", "name": "kernel", "blocking": "block", "warps": "warps", "stages": "stages",
+    "registers": "registers", "spills": "spills, B", "shared": "shared, KiB", "occupancy": "warps resident",
+    "instruction": "matrix instruction", "load": "load",
+}  # fmt: skip
+
+
+def _cells(kernel: Kernel) -> list[str]:
+    shown = {
+        "shared": f"{kernel.shared / KiB:.0f}",
+        "occupancy": f"{kernel.occupancy:.0%} ({kernel.blocks} {'block' if kernel.blocks == 1 else 'blocks'})",
+        "instruction": f"{kernel.instructions} {kernel.instruction}" if kernel.instructions else kernel.instruction,
+    }
+    return [shown.get(field, str(getattr(kernel, field))) for field in _TITLES]
+
+
+def _print_markdown(kernels: list[Kernel]) -> None:
+    for line in (list(_TITLES.values()), ["---"] * len(_TITLES), *map(_cells, kernels)):
+        print("| " + " | ".join(line) + " |")
+
+
+def _print_table(kernels: list[Kernel]) -> None:
+    lines = [list(_TITLES.values()), *map(_cells, kernels)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+def _print_json(kernels: list[Kernel]) -> None:
+    json.dump([asdict(kernel) for kernel in kernels], sys.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m wikigpt.kernels.compile_report", description=__doc__.splitlines()[0])
+    parser.add_argument("ops", nargs="*", default=["attention"], metavar="op", help=f"of {', '.join(OPS)} (default: attention)")
+    parser.add_argument("--arch", nargs="+", type=int, choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--only", default="", help="cases whose name matches this regular expression")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_const", dest="show", const=_print_markdown, default=_print_table)
+    form.add_argument("--json", action="store_const", dest="show", const=_print_json)
+    given = parser.parse_args()
+    if unknown := [op for op in given.ops if op not in OPS]:
+        parser.error(f"unknown op {unknown[0]!r}, known are {', '.join(OPS)}")
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set, so kernels would be interpreted: unset it")
+    work = [(op, arch, case) for op in given.ops for arch in given.arch for case in OPS[op]() if re.search(given.only, case)]
+    with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn")) as pool:
+        run = map if given.jobs == 1 else pool.map
+        given.show([kernel for kernels in run(report, *zip(*work)) for kernel in kernels])
+
+
+if __name__ == "__main__":
+    main()
