@@ -25,6 +25,20 @@ def test_no_top_level_package_named_kernels_is_installed():
     assert str(ROOT) not in done.stdout
 
 
+def test_the_folder_found_as_top_level_kernels_registers_nothing():
+    code = """if True:
+        import kernels, wikigpt.kernels, torch
+        kernel = torch._C._dispatch_dump("wikigpt::attention")
+        import transformers
+        assert kernel and torch._C._dispatch_dump("wikigpt::attention") == kernel
+        x = torch.ones(1, 3, 2, 16, requires_grad=True)
+        wikigpt.kernels.flash_attn_func(x, x, x, softcap=2.0).sum().backward()
+        print(kernels.__file__, hasattr(kernels, "layer_norm"))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == [str(ROOT / "kernels" / "__init__.py"), "False"], done.stderr
+
+
 def test_every_op_has_a_reference_that_runs_everywhere():
     for op in kernels.ops():
         for device in ("cpu", "cuda", "mps"):
