@@ -8,11 +8,11 @@ ARGS ?=
 # Tests run one process a core, each on one thread.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help setup train test bench gpu-check lint format clean
+.PHONY: help setup train test test-full bench gpu-check lint format clean
 
 help:
 	@echo "make train      train a small GPT (about two minutes on a CPU), evaluate it, continue a text"
-	@echo "make test       run the tests"
+	@echo "make test       run the tests (make test-full: with the full product of every grid)"
 	@echo "make bench      run the benchmarks (bench/)"
 	@echo "make gpu-check  on a machine with a GPU: correctness, benchmarks, training; writes bench/results/"
 	@echo "make lint       ruff and mypy"
@@ -33,6 +33,9 @@ train: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-full: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "full or not full" $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m pytest bench $(ARGS)

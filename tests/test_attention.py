@@ -7,7 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
-from wikigpt.kernels import alibi_slopes, attention_weights, scaled_dot_product_attention
+from wikigpt.kernels import (
+    alibi_slopes,
+    attention_weights,
+    flash_attn_func,
+    flash_attn_with_kvcache,
+    scaled_dot_product_attention,
+)
+from wikigpt.kernels._dispatch import interpreting
 from wikigpt.kernels.attention.op import attention
 from wikigpt.kernels.attention.reference import attention_reference
 
@@ -54,6 +61,27 @@ def test_it_equals_the_formula_query_by_query(case, backend):
     truth = by_hand(q.double(), k.double(), v.double(), **wide)
     plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
     assert_as_accurate_as(scaled_dot_product_attention(q, k, v, **options, backend=backend), plain, truth)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    ["auto", "reference", pytest.param("triton", marks=pytest.mark.skipif(not interpreting(), reason="needs the interpreter"))],
+)
+@pytest.mark.parametrize("function", ["torch", "flash", "cache"])
+def test_a_scale_of_zero_gives_the_mean_of_the_visible_values(function, backend):
+    torch.manual_seed(2)
+    q, k, v = torch.randn(3, 1, 40, 2, 16).unbind()
+    if function == "torch":
+        q, k, v = (x.transpose(1, 2).requires_grad_() for x in (q, k, v))
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.0, backend=backend).transpose(1, 2)
+        (grad,) = torch.autograd.grad(out.sum(), q)
+        assert (grad == 0).all()
+        v = v.transpose(1, 2)
+    elif function == "flash":
+        out = flash_attn_func(q, k, v, causal=True, softmax_scale=0.0, backend=backend)
+    else:
+        out = flash_attn_with_kvcache(q, k, v, causal=True, softmax_scale=0.0, backend=backend)
+    torch.testing.assert_close(out, v.cumsum(1) / torch.arange(1, 41).view(1, 40, 1, 1))
 
 
 def test_rows_without_keys_give_zero_and_no_nan_gradients():

@@ -263,7 +263,7 @@ def any_problem(seed):
     )
 
 
-@pytest.mark.parametrize("seed", [*range(16), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(16, 40))])
+@pytest.mark.parametrize("seed", [*range(16), *(pytest.param(seed, marks=pytest.mark.full) for seed in range(16, 40))])
 def test_any_combination_is_as_accurate_as_plain_pytorch(seed):
     assert_accurate(any_problem(seed))
 

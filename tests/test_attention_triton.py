@@ -31,7 +31,7 @@ def test_outputs_and_gradients_are_as_accurate_as_plain_pytorch(case):
     check(case, "triton")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("case", list(grid(seed=7, n_random=600)), ids=str)
 def test_the_full_product_is_as_accurate_as_plain_pytorch(case):
     check(case, "triton")

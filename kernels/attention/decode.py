@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import architecture, device_of, multiprocessors, padded
-from .forward import LOG2E, contiguous_rows
+from .forward import contiguous_rows, exponent_factor
 from .kvcache import MAX_SPLITS, CacheInputs
 from .tile import _tanh
 
@@ -513,7 +513,7 @@ def _launch_decode(x: CacheInputs, q: Tensor, out: Tensor, lse: Tensor) -> None:
         x.alibi_slopes.stride(0) if x.alibi_slopes is not None and x.alibi_slopes.dim() == 2 else 0,
         x.start, x.n_new, x.capacity, n_q, heads, groups, n_tiles, batch,
         x.window_left if x.window_left >= 0 else NO_LIMIT, x.window_right if x.window_right >= 0 else NO_LIMIT,
-        x.softmax_scale, x.softcap, x.softmax_scale * LOG2E if plain else LOG2E,
+        x.softmax_scale, x.softcap, exponent_factor(x.softmax_scale, plain),
         D=dim, DV=dim_v, GROUP=heads // groups, PAGE_SIZE=0 if table is None else x.k_cache.shape[1],
         LEFT=x.window_left >= 0, SOFTCAP=x.softcap > 0, SPLITS=splits > 1,
         BLOCK_D=padded(dim), BLOCK_DV=padded(dim_v), **blocks,

@@ -234,6 +234,8 @@ def broadcast(tensor: Tensor | None, x: Inputs) -> Tensor | None:
         return None
     s, t = x.lengths
     tensor = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+    if tensor.stride(-1) * t >= 2**31:  # a column's offset is 32 bits in the kernels
+        tensor = tensor.contiguous()
     return tensor.expand(x.q.shape[0], x.q.shape[2], s, t)
 
 
@@ -245,10 +247,14 @@ def slope_stride(x: Inputs) -> int:
     return x.alibi_slopes.stride(0) if x.alibi_slopes is not None and x.alibi_slopes.dim() == 2 else 0
 
 
+def exponent_factor(softmax_scale: float, raw: bool) -> float:
+    """What the kernels multiply scores by before exp2, raw products or scaled ones. Not 0: masked scores are -inf."""
+    return (max(softmax_scale, 1e-30) if raw else 1.0) * LOG2E
+
+
 def numbers(x: Inputs) -> tuple[float, ...]:
     """factor, scale, softcap, left, right, threshold, keep_scale of the kernels."""
-    plain = x.bias is None and x.alibi_slopes is None and x.softcap == 0
-    factor = x.softmax_scale * LOG2E if plain else LOG2E
+    factor = exponent_factor(x.softmax_scale, raw=x.bias is None and x.alibi_slopes is None and x.softcap == 0)
     threshold = int(x.dropout_p * 2**24)
     return factor, x.softmax_scale, x.softcap or 1.0, x.window_left, x.window_right, threshold, 1 / (1 - x.dropout_p)
 

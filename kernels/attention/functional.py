@@ -212,8 +212,9 @@ def _cpu(
     enable_gqa: bool,
 ) -> Tensor:
     # PyTorch's fused attention for the CPU has neither dropout nor the gradient of a mask: there it builds the S x T matrix.
+    # A scale of 0 makes NaN of its masked scores.
     mask_grad = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
-    function = _ours("cpu") if dropout_p > 0.0 or mask_grad else _torch
+    function = _ours("cpu") if dropout_p > 0.0 or mask_grad or scale == 0 else _torch
     return function(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
