@@ -22,7 +22,7 @@ def test_importing_the_kernels_needs_torch_and_nothing_else():
 def test_no_top_level_package_named_kernels_is_installed():
     code = "from importlib.util import find_spec; spec = find_spec('kernels'); print(spec and spec.origin)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
-    assert str(ROOT) not in done.stdout
+    assert str(ROOT / "kernels") not in done.stdout
 
 
 def test_the_folder_found_as_top_level_kernels_registers_nothing():
