@@ -8,17 +8,21 @@ GELU (Hendrycks & Gimpel 2016), exact and tanh form; SwiGLU and GEGLU (Shazeer 2
 
 Shapes: inputs (..., F), biases (F). Gate and up may lie side by side in one tensor (..., 2 F), "packed", as a fused projection
 gives them. Dropout keeps an element where reference.keep_mask of attention does for one head of (rows, F).
+
+The Triton kernels are in activation_triton.py, because this file is imported where there is no Triton.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
-from ._dispatch import Implementation, choose, register
+from ._dispatch import NAMESPACE, Implementation, choose, forced_backend, register, why_not_triton
 from .attention.op import seed_for
 from .attention.reference import keep_mask
 
@@ -69,7 +73,107 @@ def activation_reference(
     return y.to(dtype)
 
 
+# --- registered op --------------------------------------------------------------------------------------------------
+
+
+def _kernel(direction: str):  # type: ignore[no-untyped-def]  # triton is imported at first use
+    return getattr(importlib.import_module(".activation_triton", __package__), direction)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::activation", mutates_args=())
+def _activation(
+    gate: Tensor,
+    up: Tensor | None,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    packed: bool,
+    dropout_p: float,
+) -> Tensor:
+    return _kernel("forward")(gate, up, gate_bias, up_bias, seed, activation, packed, dropout_p)
+
+
+@_activation.register_fake
+def _(gate, up, gate_bias, up_bias, seed, activation, packed, dropout_p):  # type: ignore[no-untyped-def]
+    return gate.new_empty(*gate.shape[:-1], gate.shape[-1] // (2 if packed else 1))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::activation_backward", mutates_args=())
+def _activation_backward(
+    grad: Tensor,
+    needs_gate_bias: bool,
+    needs_up_bias: bool,
+    gate: Tensor,
+    up: Tensor | None,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    packed: bool,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grads = _kernel("backward")(
+        grad, needs_gate_bias, needs_up_bias, gate, up, gate_bias, up_bias, seed, activation, packed, dropout_p
+    )
+    dgate, *rest = (gate.new_empty(0) if grad is None else grad for grad in grads)
+    return dgate, *rest
+
+
+@_activation_backward.register_fake
+def _(grad, needs_gate_bias, needs_up_bias, gate, up, gate_bias, up_bias, *_):  # type: ignore[no-untyped-def]
+    return (
+        torch.empty_like(gate, memory_format=torch.contiguous_format),
+        gate.new_empty(0) if up is None else torch.empty_like(up, memory_format=torch.contiguous_format),
+        gate_bias.new_empty(gate_bias.shape) if needs_gate_bias else gate.new_empty(0),
+        up_bias.new_empty(up_bias.shape) if needs_up_bias else gate.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # the types are torch's own
+    tensors, ctx.options = inputs[:5], inputs[5:]
+    ctx.present = [tensor is not None for tensor in tensors]
+    ctx.save_for_backward(*(tensor for tensor in tensors if tensor is not None))
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    left = iter(ctx.saved_tensors)
+    tensors = [next(left) if present else None for present in ctx.present]
+    needs = ctx.needs_input_grad
+    grads = _activation_backward(grad, needs[2], needs[3], *tensors, *ctx.options)
+    return *(gradient if needed else None for gradient, needed in zip(grads, needs)), None, None, None, None
+
+
+_activation.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _no_second_derivative(ctx, *_):  # type: ignore[no-untyped-def]
+    raise NotImplementedError("activations have no second derivative (use backend='reference' for create_graph=True)")
+
+
+_activation_backward.register_autograd(_no_second_derivative)
+
 # --- implementations ------------------------------------------------------------------------------------------------
+
+
+def _triton(
+    gate: Tensor,
+    up: Tensor | None,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    activation: str,
+    packed: bool,
+    dropout_p: float,
+) -> Tensor:
+    seed = seed_for(dropout_p, gate.device)
+    if gate.dtype == torch.float64:
+        return activation_reference(gate, up, gate_bias, up_bias, seed, activation, packed, dropout_p)
+    # A registered op without a forward-mode formula drops tangents in silence.
+    if not torch.compiler.is_compiling() and any(
+        tensor is not None and unpack_dual(tensor).tangent is not None for tensor in (gate, up, gate_bias, up_bias)
+    ):
+        raise NotImplementedError("activations have no forward-mode derivative (use backend='reference')")
+    return _activation(gate, up, gate_bias, up_bias, seed, activation, packed, dropout_p)
 
 
 def _gelu_torch(x: Tensor, approximate: str = "none") -> Tensor:
@@ -112,7 +216,12 @@ def _reference(
 
 register("gelu", Implementation("torch", _gelu_torch), Implementation("reference", gelu_reference))
 for _op in ("bias_gelu", "swiglu", "geglu"):
-    register(_op, Implementation("torch", _torch), Implementation("reference", _reference))
+    register(
+        _op,
+        Implementation("triton", _triton, why_not_triton),
+        Implementation("torch", _torch),
+        Implementation("reference", _reference),
+    )
 
 # --- public ---------------------------------------------------------------------------------------------------------
 
@@ -142,6 +251,16 @@ def _check_dropout(dropout_p: float) -> None:
         raise ValueError(f"dropout_p: got {dropout_p}, must be at least 0 and below 1")
 
 
+def _choose(op: str, x: Tensor, backend: str | None, *biases: Tensor | None):  # type: ignore[no-untyped-def]
+    """The implementation. In a compiled graph it is PyTorch's operators, which the compiler fuses with each other and with
+    their neighbours into the same one pass as ours; only the gradient of a bias, which it sums in a pass of its own, makes our
+    op, at which its fusion ends, worth having."""
+    compiling = torch.compiler.is_compiling() and backend in (None, "auto") and forced_backend() is None
+    if compiling and not (torch.is_grad_enabled() and any(bias is not None and bias.requires_grad for bias in biases)):
+        backend = "torch"
+    return choose(op, x.device.type, backend)
+
+
 def _gated(
     op: str,
     gate: Tensor,
@@ -169,7 +288,7 @@ def _gated(
     _check_bias("gate_bias", gate_bias, gate, features)
     _check_bias("up_bias", up_bias, gate, features)
     _check_dropout(dropout_p)
-    function = choose(op, gate.device.type, backend)
+    function = _choose(op, gate, backend, gate_bias, up_bias)
     return function(gate, up, gate_bias, up_bias, activation, up is None, dropout_p)
 
 
@@ -199,7 +318,7 @@ def bias_gelu(
         raise ValueError("x: got a scalar, need a last dimension of features")
     _check_bias("bias", bias, x, x.shape[-1])
     _check_dropout(dropout_p)
-    function = choose("bias_gelu", x.device.type, backend)
+    function = _choose("bias_gelu", x, backend, bias)
     return function(x, None, bias, None, "gelu_tanh" if approximate == "tanh" else "gelu", False, dropout_p)
 
 

@@ -251,7 +251,35 @@ def _attention_decode() -> Cases:
     }
 
 
+def _activation_case(dtype: torch.dtype, activation: str, features: int, form: str) -> Callable[[], object]:
+    def launch() -> None:
+        from .activation_triton import backward, forward
+
+        packed, everything = form in ("packed", "everything"), form == "everything"
+        gate = _meta(8192, features * (2 if packed else 1), dtype=dtype)
+        up = _meta(8192, features, dtype=dtype) if form == "gated" else None
+        bias = _meta(features, dtype=dtype) if form in ("bias", "everything") else None
+        seed, dropout_p = (_meta(2, dtype=torch.int64), 0.1) if everything else (None, 0.0)
+        up_bias = bias if everything else None
+        options = (gate, up, bias, up_bias, seed, activation, packed, dropout_p)
+        backward(forward(*options), bias is not None, up_bias is not None, *options)
+
+    return launch
+
+
+def _activation() -> Cases:
+    """11,008 columns: the widest tile of the table but one; 64: the narrowest."""
+    return {
+        f"{str(dtype)[6:]} {activation} {features} {form}": _activation_case(dtype, activation, features, form)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for activation in ("gelu", "gelu_tanh", "silu")
+        for features in (11008, 64)
+        for form in ("bias", "gated", "packed", "everything")
+    }
+
+
 OPS: dict[str, Callable[[], Cases]] = {
+    "activation": _activation,
     "attention": _attention,
     "attention_features": _attention_features,
     "attention_decode": _attention_decode,

@@ -8,7 +8,7 @@ from wikigpt.kernels.activation import activation_reference
 
 from tests.conftest import assert_as_accurate_as
 
-BACKENDS = ["auto", "reference", "torch"]
+BACKENDS = ["auto", "reference", "torch", "triton"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 ACTIVATIONS = {
     "gelu": lambda x: F.gelu(x),
