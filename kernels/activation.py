@@ -116,8 +116,8 @@ def _activation_backward(
     grads = _kernel("backward")(
         grad, needs_gate_bias, needs_up_bias, gate, up, gate_bias, up_bias, seed, activation, packed, dropout_p
     )
-    dgate, *rest = (gate.new_empty(0) if grad is None else grad for grad in grads)
-    return dgate, *rest
+    dgate, dup, dgate_bias, dup_bias = (gate.new_empty(0) if grad is None else grad for grad in grads)
+    return dgate, dup, dgate_bias, dup_bias
 
 
 @_activation_backward.register_fake

@@ -1,9 +1,9 @@
 """Triton kernels of the activations: what activation.py imports at the first use of one.
 
-Inputs are seen as rows of `features` columns, dense within a row. A program owns a tile of BLOCK_M rows and BLOCK_N columns, loads
-what the formula reads, computes in float32 and stores the result: nothing passes through memory twice, and the backward
-recomputes from the inputs. Where a bias gets a gradient a program owns a strip of rows instead and keeps the sum of its gradients
-in registers; a second, ordered sum over the strips makes the result the same bits every time.
+Inputs are seen as rows of `features` columns, dense within a row. A program owns a tile of BLOCK_M rows and BLOCK_N columns,
+loads what the formula reads, computes in float32 and stores the result: nothing passes through memory twice, and the backward
+recomputes from the inputs. Where a bias gets a gradient a program owns a strip of rows instead and keeps the sum of its
+gradients in registers; a second, ordered sum over the strips makes the result the same bits every time.
 """
 
 from __future__ import annotations

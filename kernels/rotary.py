@@ -6,14 +6,19 @@ Pairs are (i, i + R / 2), the halves of the rotary dimensions (GPT-NeoX, Llama),
 The gradient is the rotation by the negative angle.
 
 Shapes: B batch, H heads, S positions, D head_dim, R <= D rotary dimensions (even); dimensions from R on pass unchanged.
+
+The Triton kernel is in rotary_triton.py, because this file is imported where there is no Triton.
 """
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
-from ._dispatch import Implementation, choose, register
+from ._dispatch import NAMESPACE, Implementation, choose, forced_backend, register, why_not_triton
 
 # --- reference ------------------------------------------------------------------------------------------------------
 
@@ -47,7 +52,95 @@ def apply_rotary_emb_reference(
     return torch.cat((y.to(x.dtype), rest), dim=-1) if rest.shape[-1] else y.to(x.dtype)
 
 
+# --- registered op --------------------------------------------------------------------------------------------------
+
+
+def _kernel(name: str):  # type: ignore[no-untyped-def]  # triton is imported at first use
+    return getattr(importlib.import_module(".rotary_triton", __package__), name)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::rotary", mutates_args=())
+def _rotary(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """q and k (or an empty tensor) turned by the angles, or by the negative ones."""
+    q_out, k_out = _kernel("turned")(q, k, cos, sin, positions, interleaved, inverse)
+    return q_out, q.new_empty(0) if k_out is None else k_out
+
+
+@_rotary.register_fake
+def _(q, k, cos, sin, positions, interleaved, inverse):  # type: ignore[no-untyped-def]
+    return torch.empty_like(q), q.new_empty(0) if k is None else torch.empty_like(k)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # the types are torch's own
+    _, k, cos, sin, positions, ctx.interleaved, ctx.inverse = inputs
+    ctx.has_k, ctx.has_positions = k is not None, positions is not None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(cos, sin, *([] if positions is None else [positions]))
+
+
+def _backward(ctx, grad_q, grad_k):  # type: ignore[no-untyped-def]
+    cos, sin, *positions = ctx.saved_tensors
+    grads = [grad for grad, needed in ((grad_q, True), (grad_k, ctx.has_k)) if needed and grad is not None]
+    if grads:
+        back = [*grads, None] if len(grads) == 1 else grads
+        turned = list(_rotary(*back, cos, sin, positions[0] if positions else None, ctx.interleaved, not ctx.inverse))
+    dq = turned.pop(0) if grad_q is not None else None
+    dk = turned.pop(0) if ctx.has_k and grad_k is not None else None
+    return dq, dk, None, None, None, None, None
+
+
+_rotary.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::rotary_", mutates_args=("q", "k"))
+def _rotary_(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool) -> None:
+    _kernel("rotate")(q, k, q, k, cos, sin, positions, interleaved, False)
+
+
+class _InPlace(torch.autograd.Function):
+    """One tensor in place with its gradient: a registered op that writes into its argument can have none of its own."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, positions, interleaved):  # type: ignore[no-untyped-def]
+        _rotary_(x, None, cos, sin, positions, interleaved)
+        ctx.mark_dirty(x)
+        ctx.interleaved = interleaved
+        ctx.save_for_backward(cos, sin, *([] if positions is None else [positions]))
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        cos, sin, *positions = ctx.saved_tensors
+        dx, _ = _rotary(grad, None, cos, sin, positions[0] if positions else None, ctx.interleaved, True)
+        return dx, None, None, None, None
+
+
 # --- implementations ------------------------------------------------------------------------------------------------
+
+
+def _triton(
+    tensors: tuple[Tensor, ...], cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inplace: bool
+) -> tuple[Tensor, ...]:
+    q, k = (*tensors, None)[:2]
+    compiling = torch.compiler.is_compiling()
+    if q.dtype == torch.float64:
+        return _reference(tensors, cos, sin, positions, interleaved, inplace)
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: requires a gradient, which 'triton' does not compute (use backend='reference')")
+    # A registered op without a forward-mode formula drops tangents in silence.
+    if not compiling and any(unpack_dual(x).tangent is not None for x in (*tensors, cos, sin)):
+        raise NotImplementedError("rotary has no forward-mode derivative (use backend='reference')")
+    if not inplace or compiling:  # the compiler itself finds what can be overwritten
+        turned = _rotary(q, k, cos, sin, positions, interleaved, False)[: len(tensors)]
+        return tuple(x.copy_(y) for x, y in zip(tensors, turned)) if inplace else tuple(turned)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        # One after the other: autograd lets no function with two results write into views.
+        return tuple(_InPlace.apply(x, cos, sin, positions, interleaved) for x in tensors)
+    _rotary_(q, k, cos, sin, positions, interleaved)
+    return tensors
 
 
 def _reference(
@@ -57,7 +150,21 @@ def _reference(
     return tuple(x.copy_(y) for x, y in zip(tensors, turned)) if inplace else tuple(turned)
 
 
-register("rotary", Implementation("torch", _reference), Implementation("reference", _reference))
+register(
+    "rotary",
+    Implementation("triton", _triton, why_not_triton),
+    Implementation("torch", _reference),
+    Implementation("reference", _reference),
+)
+
+
+def _choose(x: Tensor, backend: str | None):  # type: ignore[no-untyped-def]
+    """The implementation. In a compiled graph it is PyTorch's operators: the compiler makes one pass of them and of their
+    neighbours (a norm of q and k, a copy into the cache), where a registered op would end its fusion."""
+    if torch.compiler.is_compiling() and backend in (None, "auto") and forced_backend() is None:
+        backend = "torch"
+    return choose("rotary", x.device.type, backend)
+
 
 # --- public ---------------------------------------------------------------------------------------------------------
 
@@ -108,12 +215,14 @@ def apply_rotary_emb(
     cos, sin: (S, R / 2) or (B, S, R / 2); with positions (S) or (B, S), int32 or int64, tables (max_positions, R / 2). Their
     dtype may differ from that of x. R <= D; the dimensions from R on stay as they are. interleaved: pairs (2 i, 2 i + 1), not
     halves. inplace writes into x and returns it. Autocast changes nothing: the dtype of x counts.
+    cos and sin get a gradient under "reference" and "torch" alone. A position outside its table raises IndexError on the CPU;
+    under "triton" its row becomes NaN.
 
     Raises ValueError where shapes or devices do not fit, and for an inplace x that is expanded or a leaf with a gradient;
     TypeError for other dtypes.
     """
     _check("x", x, cos, sin, inplace, positions)
-    return choose("rotary", x.device.type, backend)((x,), cos, sin, positions, interleaved, inplace)[0]
+    return _choose(x, backend)((x,), cos, sin, positions, interleaved, inplace)[0]
 
 
 def apply_rotary_emb_qk(
@@ -135,7 +244,7 @@ def apply_rotary_emb_qk(
             raise ValueError(f"k: got shape {tuple(k.shape)}, its {what} is not that of q, {tuple(q.shape)}")
     if k.dtype != q.dtype:
         raise TypeError(f"k: got dtype {k.dtype}, q has {q.dtype}")
-    turned = choose("rotary", q.device.type, backend)((q, k), cos, sin, positions, interleaved, inplace)
+    turned = _choose(q, backend)((q, k), cos, sin, positions, interleaved, inplace)
     return turned[0], turned[1]
 
 

@@ -7,7 +7,7 @@ from wikigpt.kernels.rotary import apply_rotary_emb_reference
 
 from tests.conftest import assert_as_accurate_as
 
-BACKENDS = ["auto", "reference", "torch"]
+BACKENDS = ["auto", "reference", "torch", "triton"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
