@@ -184,10 +184,8 @@ WARPS = 4
 def blocks(rows: int, features: int, itemsize: int, widest: int) -> tuple[int, int]:
     """(BLOCK_M, BLOCK_N): the widest tile, up to `widest`, of those that waste the fewest columns beyond `features`."""
     elements = BYTES // itemsize
-    if rows == 1:
-        block_n = elements
-    elif features <= 128:
-        block_n = max(triton.next_power_of_2(features), 16)
+    if rows == 1 or features <= 128:
+        block_n = min(max(triton.next_power_of_2(features), 16), elements)
     else:
         block_n = min((128 << k for k in range((widest // 128).bit_length())), key=lambda n: (-(-features // n) * n, -n))
     return min(elements // block_n, triton.next_power_of_2(rows)), block_n

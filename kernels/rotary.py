@@ -123,7 +123,7 @@ class _InPlace(torch.autograd.Function):
 def _triton(
     tensors: tuple[Tensor, ...], cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inplace: bool
 ) -> tuple[Tensor, ...]:
-    q, k = (*tensors, None)[:2]
+    q, k = tensors[0], tensors[1] if len(tensors) == 2 else None
     compiling = torch.compiler.is_compiling()
     if q.dtype == torch.float64:
         return _reference(tensors, cos, sin, positions, interleaved, inplace)

@@ -1,9 +1,9 @@
 """Triton kernel of the rotary embedding: what rotary.py imports at the first use of it.
 
-A program owns BLOCK_S positions of one sequence and a few heads: it loads the cosines and sines of its positions once, keeps them
-in registers in float32, and turns one head after the other. Heads of q come first in the grid, then those of k. Halves are two
-tiles that lie R / 2 apart; pairs are one tile that is split in registers, since a thread's 16 bytes hold whole pairs. What is read
-is read by the program that writes it, before it writes: so input and output may be one tensor.
+A program owns BLOCK_S positions of one sequence and a few heads: it loads the cosines and sines of its positions once, keeps
+them in registers in float32, and turns one head after the other. Heads of q come first in the grid, then those of k. Halves are
+two tiles that lie R / 2 apart; pairs are one tile that is split in registers, since a thread's 16 bytes hold whole pairs. What
+is read is read by the program that writes it, before it writes: so input and output may be one tensor.
 """
 
 from __future__ import annotations

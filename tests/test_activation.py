@@ -1,14 +1,18 @@
 """GELU, SwiGLU and GEGLU with bias and dropout against their formulas in float64, output and every gradient."""
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
-from wikigpt.kernels import bias_gelu, geglu, gelu, swiglu
+from wikigpt.kernels import _dispatch, bias_gelu, geglu, gelu, swiglu
 from wikigpt.kernels.activation import activation_reference
 
 from tests.conftest import assert_as_accurate_as
 
-BACKENDS = ["auto", "reference", "torch", "triton"]
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="a GPU is here: Triton compiles")
+
+BACKENDS = ["auto", "reference", "torch", pytest.param("triton", marks=interpreted)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 ACTIVATIONS = {
     "gelu": lambda x: F.gelu(x),
@@ -236,3 +240,167 @@ def test_the_reference_is_the_formula_in_float64():
     torch.testing.assert_close(activation_reference(gate, up, a, b, None, "silu", False, 0.0), expected)
     expected = x * torch.distributions.Normal(0.0, 1.0).cdf(x) * (up + b)
     torch.testing.assert_close(activation_reference(gate, up, a, b, None, "gelu", False, 0.0), expected)
+
+
+FORMS = {
+    "bias": lambda x, b: bias_gelu(x, b, "tanh", backend="triton"),
+    "gated": lambda x, b: swiglu(x, x.detach(), up_bias=b, backend="triton"),
+    "packed": lambda x, b: geglu(torch.cat((x, x), dim=-1), gate_bias=b, backend="triton"),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("form", FORMS)
+def test_compiled_in_one_graph(form):
+    x, b, grad = random(6, 40).requires_grad_(), random(40, seed=1).requires_grad_(), random(6, 40, seed=2)
+    compiled = torch.compile(FORMS[form], fullgraph=True, backend="aot_eager")
+    y, expected = compiled(x, b), FORMS[form](x, b)
+    assert torch.equal(y, expected)
+    for got, want in zip(torch.autograd.grad(y, (x, b), grad), torch.autograd.grad(expected, (x, b), grad)):
+        assert torch.equal(got, want)
+
+
+def calls_in_graph(function, *inputs):
+    """Names of the registered operators of this library in the compiled graph of a function."""
+    names = []
+
+    def record(graph, example_inputs):
+        names.extend(str(node.target) for node in graph.graph.nodes if str(node.target).startswith("wikigpt"))
+        return graph.forward
+
+    torch.compile(function, fullgraph=True, backend=record)(*inputs)
+    return names
+
+
+def test_a_compiled_graph_keeps_our_op_only_where_a_bias_gets_a_gradient(monkeypatch):
+    # As on a GPU: without TRITON_INTERPRET's exception for the CPU, the first of the table is taken.
+    first = lambda op, device, name: _dispatch._table[op][name == "torch"].function  # noqa: E731
+    monkeypatch.setattr("wikigpt.kernels.activation.choose", first)
+    x, b = random(6, 40).requires_grad_(), random(40, seed=1)
+    assert calls_in_graph(lambda x, b: bias_gelu(x, b), x, b) == []
+    assert calls_in_graph(lambda x: swiglu(x), x) == []
+    assert calls_in_graph(lambda x, b: bias_gelu(x, b), x, b.requires_grad_()) == ["wikigpt.activation.default"]
+    with torch.no_grad():
+        assert calls_in_graph(lambda x, b: bias_gelu(x, b), x, b) == []
+
+
+@interpreted
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+def test_registered_operator_passes_opcheck(packed, dropout_p):
+    seed = torch.tensor([5, 7]) if dropout_p else None
+    gate = random(3, 4, 16 if packed else 8).requires_grad_()
+    up = None if packed else random(3, 4, 8, seed=1).requires_grad_()
+    biases = random(8, seed=2).requires_grad_(), random(8, seed=3).requires_grad_()
+    inputs = (gate, up, *biases, seed, "gelu", packed, dropout_p)
+    torch.library.opcheck(torch.ops.wikigpt.activation.default, inputs)
+    detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
+    torch.library.opcheck(torch.ops.wikigpt.activation_backward.default, (random(3, 4, 8, seed=4), True, False, *detached))
+
+
+@interpreted
+def test_checkpointing_draws_the_same_dropout_again():
+    from torch.utils.checkpoint import checkpoint
+
+    x, b = random(6, 40).requires_grad_(), random(40, seed=1).requires_grad_()
+    function = lambda x, b: bias_gelu(x, b, dropout_p=0.5, backend="triton")  # noqa: E731
+    torch.manual_seed(3)
+    expected = torch.autograd.grad(function(x, b).sum(), (x, b))
+    torch.manual_seed(3)
+    got = torch.autograd.grad(checkpoint(function, x, b, use_reentrant=False).sum(), (x, b))
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+
+
+@interpreted
+def test_triton_drops_what_the_reference_drops():
+    x, up = random(9, 61), random(9, 61, seed=1)
+    draw = []
+    for backend in ("reference", "triton"):
+        torch.manual_seed(3)
+        draw.append(swiglu(x, up, dropout_p=0.4, backend=backend))
+    torch.testing.assert_close(*draw)
+    assert 0.3 < (draw[0] == 0).float().mean() < 0.5
+
+
+@interpreted
+def test_a_bias_gradient_over_several_strips():
+    x, b = random(150, 20, scale=2), random(20, seed=1)
+    check("gelu_tanh", (x, None, b), torch.float32, backend="triton")
+    check("silu", (x, random(150, 20, seed=2), b, random(20, seed=3)), torch.float32, packed=True, backend="triton")
+
+
+@interpreted
+def test_derivatives_that_do_not_exist_are_refused():
+    x = random(3, 8).requires_grad_()
+    (grad,) = torch.autograd.grad(swiglu(x, x, backend="triton").sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        grad.sum().backward()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.detach(), x.detach())
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            swiglu(dual, dual, backend="triton")
+
+
+@interpreted
+def test_float64_is_computed_in_float64():
+    x, b = random(3, 8).double().requires_grad_(), random(8, seed=1).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, b: bias_gelu(x, b, backend="triton"), (x, b))
+    assert torch.autograd.gradcheck(lambda x, b: swiglu(x, gate_bias=b[:4], backend="triton"), (x, b))
+
+
+@interpreted
+def test_extreme_inputs_give_no_nan():
+    x = torch.tensor([-3e38, -1e30, -1e10, 1e10, 1e30, 3e38]).requires_grad_()
+    for activation in ACTIVATIONS:
+        y = ours(activation, x, torch.ones_like(x), backend="triton")
+        assert torch.equal(y, x.clamp(min=0))
+        assert torch.equal(torch.autograd.grad(y.sum(), x)[0], (x > 0).float())
+
+
+@interpreted
+def test_nan_stays_nan():
+    x = torch.tensor([float("nan"), 1.0]).requires_grad_()
+    for activation in ACTIVATIONS:
+        y = ours(activation, x, torch.ones_like(x), backend="triton")
+        assert y.isnan().tolist() == [True, False]
+        assert torch.autograd.grad(y.sum(), x)[0].isnan().tolist() == [True, False]
+
+
+@interpreted
+def test_tiles_cover_every_size_with_few_wasted_columns():
+    from wikigpt.kernels.activation_triton import blocks
+
+    for features in [*range(1, 300), 1000, 1536, 3072, 4096, 11008, 14336, 18944]:
+        for rows in (1, 5, 10000):
+            block_m, block_n = blocks(rows, features, 2, 1024)
+            assert block_m * block_n <= 2048
+            if rows > 1:
+                assert -(-features // block_n) * block_n <= max(features * 2, 16)
+            if features >= 1000 and rows > 1:
+                assert -(-features // block_n) * block_n <= 1.03 * features
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(8192, 11008), (16384, 3072), (4099, 1001)])
+def test_gpu_large_inputs_are_accurate_and_repeat_bit_for_bit(shape, activation):
+    rows, features = shape
+    x, up = (torch.randn(rows, features, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    biases = [torch.randn(features, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    grad = torch.randn(rows, features, device="cuda", dtype=torch.bfloat16)
+    run = lambda function, dtype, **o: with_gradients(  # noqa: E731
+        lambda *t, **p: function(activation, *t, **p), (x, up, *biases), grad, dtype, **o
+    )
+    first, second = run(ours, torch.bfloat16, backend="triton"), run(ours, torch.bfloat16, backend="triton")
+    for one, two, simple, truth in zip(first, second, run(plain, torch.bfloat16), run(plain, torch.float64)):
+        assert torch.equal(one, two)
+        assert_as_accurate_as(one, simple, truth)
+
+
+@pytest.mark.gpu
+def test_gpu_more_than_2_to_the_31_elements():
+    x = torch.randn(2**16 + 3, 2**15, device="cuda", dtype=torch.bfloat16)
+    y = bias_gelu(x, torch.zeros(2**15, device="cuda"), backend="triton")
+    torch.testing.assert_close(y[-3:], F.gelu(x[-3:]))
+    torch.testing.assert_close(bias_gelu(x, backend="triton")[-3:], F.gelu(x[-3:]))

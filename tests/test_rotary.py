@@ -1,5 +1,7 @@
 """Rotary embedding: complex rotation by hand, the property it exists for, and every layout against float64."""
 
+import os
+
 import pytest
 import torch
 from wikigpt.kernels import apply_rotary_emb, apply_rotary_emb_qk, rotary_cos_sin
@@ -7,7 +9,9 @@ from wikigpt.kernels.rotary import apply_rotary_emb_reference
 
 from tests.conftest import assert_as_accurate_as
 
-BACKENDS = ["auto", "reference", "torch", "triton"]
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="a GPU is here: Triton compiles")
+
+BACKENDS = ["auto", "reference", "torch", pytest.param("triton", marks=interpreted)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
@@ -250,3 +254,123 @@ def test_on_the_cpu_a_position_outside_the_table_is_an_error():
     for outside in (5, -1):
         with pytest.raises(IndexError):
             apply_rotary_emb(torch.randn(1, 1, 1, 8), cos, sin, positions=torch.tensor([outside]))
+
+
+@interpreted
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
+def test_compiled_in_one_graph(inplace, interleaved):
+    q, k = random(2, 5, 3, 16).requires_grad_(), random(2, 5, 2, 16, seed=1).requires_grad_()
+    cos, sin = rotary_cos_sin(torch.arange(5), 8)
+    grads = random(2, 3, 5, 16, seed=2), random(2, 2, 5, 16, seed=3)
+    for backend in ("triton", "auto"):
+
+        def run(q, k, backend=backend):
+            heads = (x.transpose(1, 2) * 2 for x in (q, k))
+            return apply_rotary_emb_qk(*heads, cos, sin, interleaved=interleaved, inplace=inplace, backend=backend)
+
+        got, expected = torch.compile(run, fullgraph=True, backend="aot_eager")(q, k), run(q, k)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(torch.autograd.grad(got, (q, k), grads), torch.autograd.grad(expected, (q, k), grads))
+
+
+@interpreted
+@pytest.mark.parametrize("with_k", [False, True], ids=["q", "q and k"])
+def test_registered_operator_passes_opcheck(with_k):
+    q = random(2, 5, 3, 16).transpose(1, 2).detach().requires_grad_()
+    k = random(2, 2, 5, 16, seed=1).requires_grad_() if with_k else None
+    cos, sin = rotary_cos_sin(torch.arange(9), 8)
+    positions = torch.tensor([3, 0, 8, 1, 1])
+    torch.library.opcheck(torch.ops.wikigpt.rotary.default, (q, k, cos, sin, positions, True, False))
+    inputs = (q.detach(), None if k is None else k.detach(), cos, sin, positions, True)
+    torch.library.opcheck(torch.ops.wikigpt.rotary_.default, inputs)
+
+
+@interpreted
+def test_checkpointing():
+    from torch.utils.checkpoint import checkpoint
+
+    x, (cos, sin) = random(1, 2, 5, 8).requires_grad_(), rotary_cos_sin(torch.arange(5), 8)
+    function = lambda x: apply_rotary_emb(x * 2, cos, sin, inplace=True, backend="triton").square()  # noqa: E731
+    expected = torch.autograd.grad(function(x).sum(), x)
+    assert torch.equal(torch.autograd.grad(checkpoint(function, x, use_reentrant=False).sum(), x)[0], expected[0])
+
+
+@interpreted
+def test_the_output_is_laid_out_in_memory_as_the_input():
+    cos, sin = rotary_cos_sin(torch.arange(5), 8)
+    x = random(2, 5, 3, 8).transpose(1, 2)
+    y = apply_rotary_emb(x, cos, sin, backend="triton")
+    assert y.stride() == x.stride()
+
+
+@interpreted
+def test_in_triton_a_position_outside_the_table_gives_nan_and_reads_nothing():
+    cos, sin = rotary_cos_sin(torch.arange(5), 8)
+    y = apply_rotary_emb(random(1, 1, 4, 8), cos, sin, positions=torch.tensor([4, 5, -1, 0]), backend="triton")
+    assert y.isnan().all(-1).flatten().tolist() == [False, True, True, False]
+    assert not y[:, :, [0, 3]].isnan().any()
+
+
+@interpreted
+def test_what_triton_does_not_compute_is_refused():
+    x, (cos, sin) = random(1, 1, 5, 8), rotary_cos_sin(torch.arange(5), 8)
+    with pytest.raises(ValueError, match="sin: requires a gradient, which 'triton' does not compute"):
+        apply_rotary_emb(x, cos, sin.requires_grad_(), backend="triton")
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            apply_rotary_emb(dual, cos, sin.detach(), backend="triton")
+
+
+def test_angles_get_a_gradient_from_pytorchs_operators():
+    x = random(1, 2, 5, 8).double()
+    cos, sin = (angle.requires_grad_() for angle in rotary_cos_sin(torch.arange(5), 8, dtype=torch.float64))
+    assert torch.autograd.gradcheck(lambda cos, sin: apply_rotary_emb(x, cos, sin), (cos, sin))
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(40, 3, 1, 8), (1, 20, 70, 6), (2, 1, 33, 128)])
+def test_many_sequences_heads_and_positions(shape):
+    cos, sin = rotary_cos_sin(torch.arange(shape[2]) + 1, shape[3])
+    x = random(*shape)
+    y = apply_rotary_emb(x, cos, sin, backend="triton")
+    torch.testing.assert_close(y, apply_rotary_emb_reference(x, cos, sin))
+
+
+@interpreted
+def test_several_heads_of_one_program(monkeypatch):
+    from wikigpt.kernels import rotary_triton
+
+    monkeypatch.setattr(rotary_triton, "PROGRAMS", 1)
+    cos, sin = rotary_cos_sin(torch.arange(5), 16)
+    q, k = random(2, 13, 5, 16), random(2, 3, 5, 16, seed=1)
+    turned = apply_rotary_emb_qk(q, k, cos, sin, backend="triton")
+    for got, x in zip(turned, (q, k)):
+        torch.testing.assert_close(got, apply_rotary_emb_reference(x, cos, sin))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (128, 128), (80, 32)])
+def test_gpu_a_layer_of_heads_is_accurate_and_repeats_bit_for_bit(head_dim, rotary_dim, interleaved):
+    cos, sin = rotary_cos_sin(torch.arange(2048, device="cuda"), rotary_dim)
+    q = torch.randn(4, 2048, 32, head_dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    k = torch.randn(4, 2048, 8, head_dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    once, twice = (apply_rotary_emb_qk(q, k, cos, sin, interleaved=interleaved, backend="triton") for _ in range(2))
+    for one, two, x in zip(once, twice, (q, k)):
+        assert torch.equal(one, two)
+        truth = apply_rotary_emb_reference(x.double(), cos.double(), sin.double(), interleaved=interleaved)
+        assert_as_accurate_as(one, apply_rotary_emb_reference(x, cos, sin, interleaved=interleaved), truth)
+        written = x.clone(memory_format=torch.preserve_format)
+        apply_rotary_emb(written, cos, sin, interleaved=interleaved, inplace=True, backend="triton")
+        assert torch.equal(written, one)
+
+
+@pytest.mark.gpu
+def test_gpu_more_than_2_to_the_31_elements():
+    cos, sin = rotary_cos_sin(torch.arange(4096, device="cuda"), 128)
+    x = torch.randn(130, 4096, 32, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    expected = apply_rotary_emb_reference(x[-1:], cos, sin)
+    apply_rotary_emb(x, cos, sin, inplace=True, backend="triton")
+    torch.testing.assert_close(x[-1:], expected)
