@@ -181,9 +181,8 @@ PROGRAMS = 2048
 WARPS = 4
 
 
-def blocks(rows: int, features: int, itemsize: int, widest: int) -> tuple[int, int]:
-    """(BLOCK_M, BLOCK_N): the widest tile, up to `widest`, of those that waste the fewest columns beyond `features`."""
-    elements = BYTES // itemsize
+def blocks(rows: int, features: int, elements: int, widest: int) -> tuple[int, int]:
+    """(BLOCK_M, BLOCK_N) of so many elements: the widest tile, up to `widest`, of those that waste the fewest columns."""
     if rows == 1 or features <= 128:
         block_n = min(max(triton.next_power_of_2(features), 16), elements)
     else:
@@ -239,7 +238,7 @@ def forward(
         x, y, *rest = _as_one_row([x, y] if u is None else [x, y, u])
         u = rest[0] if rest else None
     (rows, features), vector = y.shape, _vector(*(tensor for tensor in (x, u, y) if tensor is not None))
-    block_m, block_n = blocks(rows, features, y.element_size(), 1024)
+    block_m, block_n = blocks(rows, features, BYTES // y.element_size(), 1024)
     threshold, keep_scale = _drop(dropout_p)
     with device_of(gate):
         _forward[(triton.cdiv(rows, block_m) * triton.cdiv(features, block_n),)](
@@ -281,7 +280,9 @@ def backward(
         x, dx, g, *rest = _as_one_row([x, dx, g] if u is None or du is None else [x, dx, g, u, du])
         u, du = rest or (None, None)
     (rows, features), vector = g.shape, _vector(*(tensor for tensor in (x, u, dx, du, g) if tensor is not None))
-    block_m, block_n = blocks(rows, features, g.element_size(), 256 if sums else 1024)
+    # Sums and random words together are too many registers for the whole tile.
+    size = BYTES // 2 if sums and seed is not None else BYTES
+    block_m, block_n = blocks(rows, features, size // g.element_size(), 256 if sums else 1024)
     columns, per_program = triton.cdiv(features, block_n), block_m
     if sums:  # long strips, since each writes as many partial sums as a row of 4-byte numbers
         strips = triton.cdiv(PROGRAMS, columns)

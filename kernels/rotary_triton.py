@@ -229,7 +229,7 @@ def rotate(
             length if positions is not None and positions.dim() == 2 else 0, length, cos.shape[-2], heads[0],
             heads[1] if k is not None else 0, per_program, HALF=half, REST=rest, INTERLEAVED=interleaved, INVERSE=inverse,
             VECTOR=vector, COS_VECTOR=cos_vector, BLOCK_S=block_s, BLOCK_R=block_r,
-            BLOCK_REST=max(2 * block_r, 64), num_warps=warps,
+            BLOCK_REST=max(2 * block_r, 32), num_warps=warps,
         )  # fmt: skip
     for y, dense in zip(outputs, ys):
         if y is not dense:
