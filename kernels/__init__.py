@@ -8,7 +8,7 @@ Each op stands in one file (or folder) of its name: reference, kernel, registere
 # Hugging Face's package of that name. A second copy of the operators would take the place of the first.
 if __name__ != "kernels":
     from ._dispatch import BACKENDS, backend, explain, ops
-    from .activation import gelu, swiglu
+    from .activation import bias_gelu, geglu, gelu, swiglu
     from .attention import (
         alibi_slopes,
         attention_weights,
@@ -24,7 +24,7 @@ if __name__ != "kernels":
     )
     from .linear_cross_entropy import linear_cross_entropy
     from .norm import LayerNorm, RMSNorm, layer_norm, rms_norm
-    from .rotary import apply_rotary_emb, rotary_cos_sin
+    from .rotary import apply_rotary_emb, apply_rotary_emb_qk, rotary_cos_sin
 
 __all__ = [
     "BACKENDS",
@@ -32,8 +32,10 @@ __all__ = [
     "RMSNorm",
     "alibi_slopes",
     "apply_rotary_emb",
+    "apply_rotary_emb_qk",
     "attention_weights",
     "backend",
+    "bias_gelu",
     "debug_checks",
     "explain",
     "flash_attn_func",
@@ -42,6 +44,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "geglu",
     "gelu",
     "layer_norm",
     "linear_cross_entropy",

@@ -251,7 +251,75 @@ def _attention_decode() -> Cases:
     }
 
 
+def _activation_case(dtype: torch.dtype, activation: str, features: int, form: str, rows: int = 8192) -> Callable[[], object]:
+    def launch() -> None:
+        from .activation_triton import backward, forward
+
+        packed, everything = form in ("packed", "everything"), form == "everything"
+        gate = _meta(rows, features * (2 if packed else 1), dtype=dtype)
+        up = _meta(rows, features, dtype=dtype) if form == "gated" else None
+        bias = _meta(features, dtype=dtype) if form in ("bias", "everything") else None
+        seed, dropout_p = (_meta(2, dtype=torch.int64), 0.1) if everything else (None, 0.0)
+        up_bias = bias if everything else None
+        options = (gate, up, bias, up_bias, seed, activation, packed, dropout_p)
+        backward(forward(*options), bias is not None, up_bias is not None, *options)
+
+    return launch
+
+
+def _activation() -> Cases:
+    """11,008 columns: a wide tile; 64: one over many rows; one row of 8: every number that Triton takes for a constant is 1."""
+    one_row = {
+        f"float32 gelu one row {form}": _activation_case(torch.float32, "gelu", 8, form, rows=1)
+        for form in ("bias", "gated", "packed", "everything")
+    }
+    return one_row | {
+        f"{str(dtype)[6:]} {activation} {features} {form}": _activation_case(dtype, activation, features, form)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for activation in ("gelu", "gelu_tanh", "silu")
+        for features in (11008, 64)
+        for form in ("bias", "gated", "packed", "everything")
+    }
+
+
+def _rotary_case(
+    dtype: torch.dtype, shape: tuple[int, int], interleaved: bool, positions: bool, batch: int = 4, length: int = 2048
+) -> Callable[[], object]:
+    def launch() -> None:
+        from .rotary_triton import turned
+
+        head_dim, rotary_dim = shape
+        q = _meta(batch, length, 32, head_dim, dtype=dtype).transpose(1, 2)
+        k = _meta(batch, length, 2 * batch, head_dim, dtype=dtype).transpose(1, 2)
+        angles = _meta(length, rotary_dim // 2)
+        turned(q, k, angles, angles, _meta(batch, length, dtype=torch.int64) if positions else None, interleaved, False)
+
+    return launch
+
+
+def _rotary() -> Cases:
+    """(head_dim, rotary dimensions) as in Llama, Phi, GPT-NeoX (20B) and GPT-J, and one new token; the backward is the same
+    kernel."""
+    token = {
+        f"float32 token {'pairs' if interleaved else 'halves'}": _rotary_case(
+            torch.float32, (8, 8), interleaved, True, batch=1, length=1
+        )
+        for interleaved in (False, True)
+    }
+    return token | {
+        f"{str(dtype)[6:]} {shape[0]}/{shape[1]} {'pairs' if interleaved else 'halves'}{' positions' if positions else ''}": (
+            _rotary_case(dtype, shape, interleaved, positions)
+        )
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for shape in ((64, 64), (128, 128), (80, 32), (96, 24), (256, 64))
+        for interleaved in (False, True)
+        for positions in (False, True)
+    }
+
+
 OPS: dict[str, Callable[[], Cases]] = {
+    "rotary": _rotary,
+    "activation": _activation,
     "attention": _attention,
     "attention_features": _attention_features,
     "attention_decode": _attention_decode,

@@ -1,14 +1,26 @@
-"""Rotary position embedding (Su et al. 2021, RoFormer, eq. 34), GPT-NeoX layout: the two halves of a head rotate together.
+"""Rotary position embedding (Su et al. 2021, RoFormer, eq. 34): each pair of a head's dimensions turns by its angle.
 
-Shapes: B batch, H heads, S positions, D head_dim (even).
+    y1 = x1 cos - x2 sin,  y2 = x2 cos + x1 sin
+
+Pairs are (i, i + R / 2), the halves of the rotary dimensions (GPT-NeoX, Llama), or (2 i, 2 i + 1), interleaved (GPT-J).
+The gradient is the rotation by the negative angle.
+
+Shapes: B batch, H heads, S positions, D head_dim, R <= D rotary dimensions (even); dimensions from R on pass unchanged.
+
+The Triton kernel is in rotary_triton.py, because this file is imported where there is no Triton.
 """
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
-from ._dispatch import Implementation, choose, register
+from ._dispatch import NAMESPACE, Implementation, choose, forced_backend, register, why_not_triton
+
+# --- reference ------------------------------------------------------------------------------------------------------
 
 
 def rotary_cos_sin(
@@ -21,30 +33,219 @@ def rotary_cos_sin(
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def apply_rotary_emb_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+def _angles(cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """cos and sin that broadcast to (B, H, S, R / 2)."""
+    if positions is not None:
+        # index_select, unlike an index, counts no position from the end.
+        cos, sin = (table.index_select(0, positions.flatten()).view(*positions.shape, -1) for table in (cos, sin))
+    return (cos, sin) if cos.dim() == 2 else (cos[:, None], sin[:, None])
+
+
+def apply_rotary_emb_reference(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False
+) -> Tensor:
+    cos, sin = _angles(cos, sin, positions)
+    turning, rest = x.split((2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]), dim=-1)
+    x1, x2 = turning.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else turning.chunk(2, dim=-1)
+    y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+    y = torch.stack((y1, y2), dim=-1).flatten(-2) if interleaved else torch.cat((y1, y2), dim=-1)
+    return torch.cat((y.to(x.dtype), rest), dim=-1) if rest.shape[-1] else y.to(x.dtype)
+
+
+# --- registered op --------------------------------------------------------------------------------------------------
+
+
+def _kernel(name: str):  # type: ignore[no-untyped-def]  # triton is imported at first use
+    return getattr(importlib.import_module(".rotary_triton", __package__), name)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::rotary", mutates_args=())
+def _rotary(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """q and k (or an empty tensor) turned by the angles, or by the negative ones."""
+    q_out, k_out = _kernel("turned")(q, k, cos, sin, positions, interleaved, inverse)
+    return q_out, q.new_empty(0) if k_out is None else k_out
+
+
+@_rotary.register_fake
+def _(q, k, cos, sin, positions, interleaved, inverse):  # type: ignore[no-untyped-def]
+    return torch.empty_like(q), q.new_empty(0) if k is None else torch.empty_like(k)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # the types are torch's own
+    _, k, cos, sin, positions, ctx.interleaved, ctx.inverse = inputs
+    ctx.has_k, ctx.has_positions = k is not None, positions is not None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(cos, sin, *([] if positions is None else [positions]))
+
+
+def _backward(ctx, grad_q, grad_k):  # type: ignore[no-untyped-def]
+    cos, sin, *positions = ctx.saved_tensors
+    grads = [grad for grad, needed in ((grad_q, True), (grad_k, ctx.has_k)) if needed and grad is not None]
+    if grads:
+        back = [*grads, None] if len(grads) == 1 else grads
+        turned = list(_rotary(*back, cos, sin, positions[0] if positions else None, ctx.interleaved, not ctx.inverse))
+    dq = turned.pop(0) if grad_q is not None else None
+    dk = turned.pop(0) if ctx.has_k and grad_k is not None else None
+    return dq, dk, None, None, None, None, None
+
+
+_rotary.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::rotary_", mutates_args=("q", "k"))
+def _rotary_(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool) -> None:
+    _kernel("rotate")(q, k, q, k, cos, sin, positions, interleaved, False)
+
+
+class _InPlace(torch.autograd.Function):
+    """One tensor in place with its gradient: a registered op that writes into its argument can have none of its own."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, positions, interleaved):  # type: ignore[no-untyped-def]
+        _rotary_(x, None, cos, sin, positions, interleaved)
+        ctx.mark_dirty(x)
+        ctx.interleaved = interleaved
+        ctx.save_for_backward(cos, sin, *([] if positions is None else [positions]))
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        cos, sin, *positions = ctx.saved_tensors
+        dx, _ = _rotary(grad, None, cos, sin, positions[0] if positions else None, ctx.interleaved, True)
+        return dx, None, None, None, None
+
+
+# --- implementations ------------------------------------------------------------------------------------------------
+
+
+def _triton(
+    tensors: tuple[Tensor, ...], cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inplace: bool
+) -> tuple[Tensor, ...]:
+    q, k = tensors[0], tensors[1] if len(tensors) == 2 else None
+    compiling = torch.compiler.is_compiling()
+    if q.dtype == torch.float64:
+        return _reference(tensors, cos, sin, positions, interleaved, inplace)
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: requires a gradient, which 'triton' does not compute (use backend='reference')")
+    # A registered op without a forward-mode formula drops tangents in silence.
+    if not compiling and any(unpack_dual(x).tangent is not None for x in (*tensors, cos, sin)):
+        raise NotImplementedError("rotary has no forward-mode derivative (use backend='reference')")
+    if not inplace or compiling:  # the compiler itself finds what can be overwritten
+        turned = _rotary(q, k, cos, sin, positions, interleaved, False)[: len(tensors)]
+        return tuple(x.copy_(y) for x, y in zip(tensors, turned)) if inplace else tuple(turned)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        # One after the other: autograd lets no function with two results write into views.
+        return tuple(_InPlace.apply(x, cos, sin, positions, interleaved) for x in tensors)
+    _rotary_(q, k, cos, sin, positions, interleaved)
+    return tensors
+
+
+def _reference(
+    tensors: tuple[Tensor, ...], cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inplace: bool
+) -> tuple[Tensor, ...]:
+    turned = [apply_rotary_emb_reference(x, cos, sin, positions, interleaved) for x in tensors]
+    return tuple(x.copy_(y) for x, y in zip(tensors, turned)) if inplace else tuple(turned)
 
 
 register(
     "rotary",
-    Implementation("torch", apply_rotary_emb_reference),
-    Implementation("reference", apply_rotary_emb_reference),
+    Implementation("triton", _triton, why_not_triton),
+    Implementation("torch", _reference),
+    Implementation("reference", _reference),
 )
 
 
-def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> Tensor:
-    """Rotate x (B, H, S, D) by cos, sin (S, D / 2). Returns the shape and dtype of x.
+def _choose(x: Tensor, backend: str | None):  # type: ignore[no-untyped-def]
+    """The implementation. In a compiled graph it is PyTorch's operators: the compiler makes one pass of them and of their
+    neighbours (a norm of q and k, a copy into the cache), where a registered op would end its fusion."""
+    if torch.compiler.is_compiling() and backend in (None, "auto") and forced_backend() is None:
+        backend = "torch"
+    return choose("rotary", x.device.type, backend)
 
-    Raises ValueError where D is odd or cos and sin do not fit.
+
+# --- public ---------------------------------------------------------------------------------------------------------
+
+
+def _check(name: str, x: Tensor, cos: Tensor, sin: Tensor, inplace: bool, positions: Tensor | None) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"{name}: got {x.dim()} dimensions, need 4: (batch, heads, positions, head_dim)")
+    for title, tensor in ((name, x), ("cos", cos), ("sin", sin)):
+        if not tensor.is_floating_point() or tensor.element_size() == 1:
+            raise TypeError(f"{title}: got dtype {tensor.dtype}, allowed are float16, bfloat16, float32 and float64")
+        if tensor.device != x.device:
+            raise ValueError(f"{title}: is on {tensor.device}, {name} on {x.device}")
+    batch, _, length, head_dim = x.shape
+    if positions is None:
+        if tuple(cos.shape[:-1]) not in ((length,), (1, length), (batch, length)):
+            raise ValueError(f"cos: got shape {tuple(cos.shape)}, {name} needs ({length}, R / 2) or ({batch}, {length}, R / 2)")
+    else:
+        if cos.dim() != 2:
+            raise ValueError(f"cos: got shape {tuple(cos.shape)}, with positions a table (max_positions, R / 2)")
+        if positions.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"positions: got dtype {positions.dtype}, allowed are int32 and int64")
+        if tuple(positions.shape) not in ((length,), (batch, length)):
+            raise ValueError(f"positions: got shape {tuple(positions.shape)}, {name} needs ({length},) or ({batch}, {length})")
+        if positions.device != x.device:
+            raise ValueError(f"positions: is on {positions.device}, {name} on {x.device}")
+    if sin.shape != cos.shape:
+        raise ValueError(f"sin: got shape {tuple(sin.shape)}, cos has {tuple(cos.shape)}")
+    if 2 * cos.shape[-1] > head_dim:
+        raise ValueError(f"cos: turns {2 * cos.shape[-1]} dimensions, head_dim of {name} is {head_dim}")
+    if inplace and x.requires_grad and x.is_leaf and torch.is_grad_enabled():
+        raise ValueError(f"inplace: {name} is a leaf that requires a gradient, which autograd lets nobody overwrite")
+    if inplace and any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape)):
+        raise ValueError(f"inplace: {name} is expanded, several of its elements share one place in memory")
+
+
+def apply_rotary_emb(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    interleaved: bool = False,
+    inplace: bool = False,
+    positions: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Rotate x (B, H, S, D) of any strides, as (B, S, H, D).transpose(1, 2), by cos, sin. Returns the shape and dtype of x.
+
+    cos, sin: (S, R / 2) or (B, S, R / 2); with positions (S) or (B, S), int32 or int64, tables (max_positions, R / 2). Their
+    dtype may differ from that of x. R <= D; the dimensions from R on stay as they are. interleaved: pairs (2 i, 2 i + 1), not
+    halves. inplace writes into x and returns it. Autocast changes nothing: the dtype of x counts.
+    cos and sin get a gradient under "reference" and "torch" alone. A position outside its table raises IndexError on the CPU;
+    under "triton" its row becomes NaN.
+
+    Raises ValueError where shapes or devices do not fit, and for an inplace x that is expanded or a leaf with a gradient;
+    TypeError for other dtypes.
     """
-    if x.shape[-1] % 2:
-        raise ValueError(f"x: head_dim is {x.shape[-1]}, rotary embedding needs an even one")
-    expected = (x.shape[-2], x.shape[-1] // 2)
-    for name, tensor in (("cos", cos), ("sin", sin)):
-        if tuple(tensor.shape) != expected:
-            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, x needs {expected}")
-    return choose("rotary", x.device.type, backend)(x, cos, sin)
+    _check("x", x, cos, sin, inplace, positions)
+    return _choose(x, backend)((x,), cos, sin, positions, interleaved, inplace)[0]
 
 
-__all__ = ["apply_rotary_emb", "apply_rotary_emb_reference", "rotary_cos_sin"]
+def apply_rotary_emb_qk(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    interleaved: bool = False,
+    inplace: bool = False,
+    positions: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`apply_rotary_emb` of q (B, H, S, D) and k (B, G, S, D) by the same angles, in one launch."""
+    _check("q", q, cos, sin, inplace, positions)
+    _check("k", k, cos, sin, inplace, positions)
+    for what, dim in (("batch", 0), ("head_dim", 3)):
+        if k.shape[dim] != q.shape[dim]:
+            raise ValueError(f"k: got shape {tuple(k.shape)}, its {what} is not that of q, {tuple(q.shape)}")
+    if k.dtype != q.dtype:
+        raise TypeError(f"k: got dtype {k.dtype}, q has {q.dtype}")
+    turned = _choose(q, backend)((q, k), cos, sin, positions, interleaved, inplace)
+    return turned[0], turned[1]
+
+
+__all__ = ["apply_rotary_emb", "apply_rotary_emb_qk", "apply_rotary_emb_reference", "rotary_cos_sin"]

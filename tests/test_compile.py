@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,12 @@ CASES = {
     120: ["attention", "bfloat16 .* causal|float32 256 causal"],
 }
 FEATURES = "bfloat16 128 (everything|packed)"
+# Kernels without matrix units, on every architecture: the cases with the most registers, and
+# one in which all numbers that Triton takes for constants are.
+MEMORY_BOUND = {
+    "activation": "bfloat16 gelu 11008 (packed|everything)|one row everything",
+    "rotary": "bfloat16 (128/128|80/32) (halves|pairs)$|float32 80/32 pairs positions|token pairs",
+}
 
 
 def compiled(directory: Path, arch: int, op: str, only: str) -> list:
@@ -74,6 +81,20 @@ def kernels(request, directory):
 @pytest.fixture(params=[80, 86, 90, 100], ids="sm_{}".format)
 def kernels_with_features(request, directory):
     return compiled(directory, request.param, "attention_features", FEATURES)
+
+
+@pytest.fixture(params=[(op, arch) for op in MEMORY_BOUND for arch in CASES], ids=lambda case: "{}-sm_{}".format(*case))
+def memory_bound_kernels(request, directory):
+    op, arch = request.param
+    return compiled(directory, arch, op, MEMORY_BOUND[op])
+
+
+def test_memory_bound_kernels_spill_nothing_and_move_16_bytes_at_a_time(memory_bound_kernels):
+    assert not [kernel for kernel in memory_bound_kernels if kernel.spills]
+    large = [kernel for kernel in memory_bound_kernels if not re.search("token|one row", kernel.case)]
+    assert large
+    assert all(kernel.load == "16 B" for kernel in large), large
+    assert all(kernel.occupancy >= 0.15 for kernel in memory_bound_kernels), "too few warps to hide the memory's latency"
 
 
 def test_no_row_spills_without_a_reason(kernels):

@@ -1,19 +1,50 @@
-"""Rotary embedding: complex rotation by hand, and the property it exists for."""
+"""Rotary embedding: complex rotation by hand, the property it exists for, and every layout against float64."""
+
+import os
 
 import pytest
 import torch
-from wikigpt.kernels import apply_rotary_emb, rotary_cos_sin
+from wikigpt.kernels import apply_rotary_emb, apply_rotary_emb_qk, rotary_cos_sin
+from wikigpt.kernels.rotary import apply_rotary_emb_reference
+
+from tests.conftest import assert_as_accurate_as
+
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="a GPU is here: Triton compiles")
+
+BACKENDS = ["auto", "reference", "torch", pytest.param("triton", marks=interpreted)]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
-def test_each_pair_turns_by_position_times_frequency():
+def random(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def check(x, cos, sin, positions=None, interleaved=False, backend="auto"):
+    """Output and gradient by the numeric rule; plain PyTorch's is the reference in the same dtype."""
+    grad = random(*x.shape, dtype=x.dtype, seed=9)
+
+    def run(function, dtype, **options):
+        leaf = x.detach().to(dtype).requires_grad_()
+        y = function(leaf, cos.to(dtype), sin.to(dtype), positions=positions, interleaved=interleaved, **options)
+        return y.detach(), torch.autograd.grad(y, leaf, grad.to(dtype))[0]
+
+    truths, plains = run(apply_rotary_emb_reference, torch.float64), run(apply_rotary_emb_reference, x.dtype)
+    for got, plain, truth in zip(run(apply_rotary_emb, x.dtype, backend=backend), plains, truths):
+        assert got.dtype == x.dtype
+        assert_as_accurate_as(got, plain, truth)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_each_pair_turns_by_position_times_frequency(interleaved):
     x = torch.randn(2, 3, 5, 8, dtype=torch.float64)
     cos, sin = rotary_cos_sin(torch.arange(5), 8, theta=100.0, dtype=torch.float64)
-    turned = apply_rotary_emb(x, cos, sin)
+    turned = apply_rotary_emb(x, cos, sin, interleaved=interleaved)
     for s in range(5):
         for i in range(4):
+            one, two = (2 * i, 2 * i + 1) if interleaved else (i, i + 4)
             angle = torch.tensor(s * 100.0 ** (-2 * i / 8), dtype=torch.float64)
-            expected = torch.complex(x[..., s, i], x[..., s, i + 4]) * torch.polar(torch.ones((), dtype=torch.float64), angle)
-            torch.testing.assert_close(torch.complex(turned[..., s, i], turned[..., s, i + 4]), expected)
+            expected = torch.complex(x[..., s, one], x[..., s, two]) * torch.polar(torch.ones((), dtype=torch.float64), angle)
+            torch.testing.assert_close(torch.complex(turned[..., s, one], turned[..., s, two]), expected)
 
 
 def test_scores_depend_on_the_distance_alone():
@@ -28,9 +59,318 @@ def test_scores_depend_on_the_distance_alone():
     assert not torch.isclose(score(3, 1), score(3, 2))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(16, 16), (64, 64), (24, 24), (80, 32), (7, 6), (10, 2)])
+def test_output_and_gradient_are_as_accurate_as_plain_pytorch(head_dim, rotary_dim, dtype, interleaved, backend):
+    cos, sin = rotary_cos_sin(torch.arange(11), rotary_dim, dtype=dtype)
+    check(random(2, 3, 11, head_dim, dtype=dtype), cos, sin, interleaved=interleaved, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
+def test_dimensions_beyond_the_rotary_ones_pass_unchanged(interleaved, backend):
+    x = random(2, 3, 5, 20)
+    y = apply_rotary_emb(x, *rotary_cos_sin(torch.arange(1, 6), 12), interleaved=interleaved, backend=backend)
+    assert torch.equal(y[..., 12:], x[..., 12:])
+    assert not torch.isclose(y[..., :12], x[..., :12]).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
+def test_any_strides(interleaved, backend):
+    cos, sin = rotary_cos_sin(torch.arange(9), 8)
+    for view in (
+        random(2, 9, 5, 8).transpose(1, 2),  # (B, S, H, D)
+        random(9, 2, 5, 8).permute(1, 2, 0, 3),  # (S, B, H, D)
+        random(2, 9, 5, 24)[..., 8:16].transpose(1, 2),  # a third of a fused projection
+        random(2, 5, 8, 9).transpose(2, 3),  # the last dimension is not dense
+        random(1, 5, 9, 8).expand(2, 5, 9, 8),
+    ):
+        check(view, cos, sin, interleaved=interleaved, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_angles_of_each_sequence(backend):
+    x, angles = random(2, 3, 5, 8), random(2, 5, 4)
+    check(x, angles.cos(), angles.sin(), backend=backend)
+    y = apply_rotary_emb(x, angles.cos(), angles.sin(), backend=backend)
+    for b in range(2):
+        torch.testing.assert_close(y[b : b + 1], apply_rotary_emb(x[b : b + 1], angles[b].cos(), angles[b].sin()))
+    shared = apply_rotary_emb(x, angles[:1].cos(), angles[:1].sin(), backend=backend)
+    torch.testing.assert_close(shared, apply_rotary_emb(x, angles[0].cos(), angles[0].sin()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_positions_choose_rows_of_a_table(dtype, backend):
+    x, (cos, sin) = random(2, 3, 5, 8), rotary_cos_sin(torch.arange(40), 8)
+    shared = torch.tensor([7, 0, 39, 3, 3], dtype=dtype)
+    own = torch.stack((shared, shared.flip(0)))
+    for positions in (shared, own):
+        check(x, cos, sin, positions=positions, backend=backend)
+        expected = apply_rotary_emb(x, cos[positions], sin[positions])
+        torch.testing.assert_close(apply_rotary_emb(x, cos, sin, positions=positions, backend=backend), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float32_angles_of_16_bit_inputs_leave_their_dtype(backend):
+    cos, sin = rotary_cos_sin(torch.arange(9), 16)
+    x = random(1, 2, 9, 16, dtype=torch.bfloat16)
+    y = apply_rotary_emb(x, cos, sin, backend=backend)
+    assert y.dtype == torch.bfloat16
+    truth = apply_rotary_emb_reference(x.double(), cos.double(), sin.double())
+    assert_as_accurate_as(y, truth.bfloat16(), truth)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
+def test_in_place_writes_into_x_and_has_the_same_gradient(interleaved, backend):
+    cos, sin = rotary_cos_sin(torch.arange(9), 8)
+    for base in (random(2, 5, 9, 12), random(2, 9, 5, 12).transpose(1, 2), random(2, 5, 12, 9).transpose(2, 3)):
+        x, grad = base.clone(memory_format=torch.preserve_format), random(2, 5, 9, 12, seed=1)
+        pointer = x.data_ptr()
+        y = apply_rotary_emb(x, cos, sin, interleaved=interleaved, inplace=True, backend=backend)
+        assert y is x
+        assert y.data_ptr() == pointer
+        torch.testing.assert_close(x, apply_rotary_emb_reference(base, cos, sin, interleaved=interleaved))
+
+        leaf = base.clone().requires_grad_()
+        turned = apply_rotary_emb(leaf * 2, cos, sin, interleaved=interleaved, inplace=True, backend=backend)
+        expected = apply_rotary_emb_reference(leaf * 2, cos, sin, interleaved=interleaved)
+        torch.testing.assert_close(torch.autograd.grad(turned, leaf, grad), torch.autograd.grad(expected, leaf, grad))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_in_place_on_a_view_of_a_projection_reaches_the_projections_gradient(backend):
+    cos, sin = rotary_cos_sin(torch.arange(9), 8)
+    leaf, grad = random(2, 9, 6, 8).requires_grad_(), random(2, 9, 6, 8, seed=1)
+
+    def run(function):
+        qkv = leaf * 1
+        q, k = qkv[:, :, :3].transpose(1, 2), qkv[:, :, 3:5].transpose(1, 2)
+        function(q, k)
+        return qkv, torch.autograd.grad(qkv, leaf, grad)[0]
+
+    def expect(q, k):
+        for x in (q, k):
+            x.copy_(apply_rotary_emb_reference(x.clone(), cos, sin))
+
+    got = run(lambda q, k: apply_rotary_emb_qk(q, k, cos, sin, inplace=True, backend=backend))
+    for one, two in zip(got, run(expect)):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_of_something_overwritten_by_in_place_is_refused(backend):
+    cos, sin = rotary_cos_sin(torch.arange(9), 8)
+    x = random(2, 5, 9, 8).requires_grad_().exp()  # exp keeps its output for the backward
+    y = apply_rotary_emb(x, cos, sin, inplace=True, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_q_and_k_together_are_q_and_k_alone(inplace, backend):
+    q, k = random(2, 6, 5, 16), random(2, 5, 2, 16, seed=1).transpose(1, 2)
+    cos, sin = rotary_cos_sin(torch.arange(5), 16)
+    expected = apply_rotary_emb(q, cos, sin), apply_rotary_emb(k, cos, sin)
+    leaves = [x.clone().requires_grad_() for x in (q, k)]
+    grads = random(2, 6, 5, 16, seed=2), random(2, 2, 5, 16, seed=3)
+    turned = apply_rotary_emb_qk(*[x * 1 for x in leaves], cos, sin, inplace=inplace, backend=backend)
+    back = torch.autograd.grad(turned, leaves, grads)
+    for got, want, gradient, grad in zip(turned, expected, back, grads):
+        torch.testing.assert_close(got.detach(), want)
+        torch.testing.assert_close(gradient, apply_rotary_emb(grad, cos, -sin))
+    one = torch.autograd.grad(apply_rotary_emb_qk(*leaves, cos, sin, backend=backend)[1], leaves[1], grads[1])
+    torch.testing.assert_close(one[0], back[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_second_derivative_is_that_of_a_rotation(backend):
+    x = random(1, 2, 3, 8, dtype=torch.float64 if backend != "triton" else torch.float32).requires_grad_()
+    cos, sin = rotary_cos_sin(torch.arange(3), 8, dtype=x.dtype)
+    y = apply_rotary_emb(x, cos, sin, backend=backend)
+    (grad,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad((grad**2).sum(), x)
+    plain = apply_rotary_emb_reference(x, cos, sin)
+    (grad,) = torch.autograd.grad((plain**3).sum(), x, create_graph=True)
+    torch.testing.assert_close(second, torch.autograd.grad((grad**2).sum(), x)[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 2, 3, 8), (2, 0, 3, 8), (2, 2, 0, 8), (2, 2, 3, 0)])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_empty_inputs(shape, inplace, backend):
+    cos, sin = rotary_cos_sin(torch.arange(shape[2]), shape[3])
+    x = torch.randn(shape).requires_grad_()
+    y = apply_rotary_emb(x * 1, cos, sin, inplace=inplace, backend=backend)
+    assert y.shape == shape
+    assert torch.autograd.grad(y.sum(), x)[0].shape == shape
+    nothing = torch.empty(3 if shape[2] == 3 else shape[2], 0)
+    z = torch.randn(shape)
+    assert torch.equal(apply_rotary_emb(z, nothing, nothing, backend=backend), z)
+
+
 def test_bad_arguments_are_named():
     cos, sin = rotary_cos_sin(torch.arange(5), 8)
-    with pytest.raises(ValueError, match="x: head_dim is 7"):
+    x = torch.randn(2, 3, 5, 8)
+    with pytest.raises(ValueError, match=r"x: got 3 dimensions, need 4: \(batch, heads, positions, head_dim\)"):
+        apply_rotary_emb(x[0], cos, sin)
+    with pytest.raises(ValueError, match="cos: turns 8 dimensions, head_dim of x is 7"):
         apply_rotary_emb(torch.randn(1, 1, 5, 7), cos, sin)
-    with pytest.raises(ValueError, match=r"cos: got shape \(5, 4\), x needs \(6, 4\)"):
+    with pytest.raises(ValueError, match=r"cos: got shape \(5, 4\), x needs \(6, R / 2\) or \(1, 6, R / 2\)"):
         apply_rotary_emb(torch.randn(1, 1, 6, 8), cos, sin)
+    with pytest.raises(ValueError, match=r"sin: got shape \(5, 3\), cos has \(5, 4\)"):
+        apply_rotary_emb(x, cos, sin[:, :3])
+    with pytest.raises(TypeError, match=r"x: got dtype torch.int64"):
+        apply_rotary_emb(x.long(), cos, sin)
+    with pytest.raises(TypeError, match=r"sin: got dtype torch.int64"):
+        apply_rotary_emb(x, cos, sin.long())
+    with pytest.raises(ValueError, match="sin: is on meta, x on cpu"):
+        apply_rotary_emb(x, cos, sin.to("meta"))
+    with pytest.raises(TypeError, match=r"positions: got dtype torch.float32, allowed are int32 and int64"):
+        apply_rotary_emb(x, cos, sin, positions=torch.zeros(5))
+    with pytest.raises(ValueError, match=r"positions: got shape \(4,\), x needs \(5,\) or \(2, 5\)"):
+        apply_rotary_emb(x, cos, sin, positions=torch.arange(4))
+    with pytest.raises(ValueError, match="positions: is on meta, x on cpu"):
+        apply_rotary_emb(x, cos, sin, positions=torch.arange(5, device="meta"))
+    with pytest.raises(ValueError, match=r"cos: got shape \(2, 5, 4\), with positions a table"):
+        apply_rotary_emb(x, cos.expand(2, 5, 4), sin, positions=torch.arange(5))
+    with pytest.raises(ValueError, match="inplace: x is a leaf that requires a gradient"):
+        apply_rotary_emb(x.clone().requires_grad_(), cos, sin, inplace=True)
+    with pytest.raises(ValueError, match="inplace: x is expanded"):
+        apply_rotary_emb(x[:1].expand(2, 3, 5, 8), cos, sin, inplace=True)
+    with pytest.raises(ValueError, match=r"k: got shape \(1, 3, 5, 8\), its batch is not that of q"):
+        apply_rotary_emb_qk(x, x[:1], cos, sin)
+    with pytest.raises(TypeError, match=r"k: got dtype torch.bfloat16, q has torch.float32"):
+        apply_rotary_emb_qk(x, x.bfloat16(), cos, sin)
+
+
+def test_on_the_cpu_a_position_outside_the_table_is_an_error():
+    cos, sin = rotary_cos_sin(torch.arange(5), 8)
+    for outside in (5, -1):
+        with pytest.raises(IndexError):
+            apply_rotary_emb(torch.randn(1, 1, 1, 8), cos, sin, positions=torch.tensor([outside]))
+
+
+@interpreted
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
+def test_compiled_in_one_graph(inplace, interleaved):
+    q, k = random(2, 5, 3, 16).requires_grad_(), random(2, 5, 2, 16, seed=1).requires_grad_()
+    cos, sin = rotary_cos_sin(torch.arange(5), 8)
+    grads = random(2, 3, 5, 16, seed=2), random(2, 2, 5, 16, seed=3)
+    for backend in ("triton", "auto"):
+
+        def run(q, k, backend=backend):
+            heads = (x.transpose(1, 2) * 2 for x in (q, k))
+            return apply_rotary_emb_qk(*heads, cos, sin, interleaved=interleaved, inplace=inplace, backend=backend)
+
+        got, expected = torch.compile(run, fullgraph=True, backend="aot_eager")(q, k), run(q, k)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(torch.autograd.grad(got, (q, k), grads), torch.autograd.grad(expected, (q, k), grads))
+
+
+@interpreted
+@pytest.mark.parametrize("with_k", [False, True], ids=["q", "q and k"])
+def test_registered_operator_passes_opcheck(with_k):
+    q = random(2, 5, 3, 16).transpose(1, 2).detach().requires_grad_()
+    k = random(2, 2, 5, 16, seed=1).requires_grad_() if with_k else None
+    cos, sin = rotary_cos_sin(torch.arange(9), 8)
+    positions = torch.tensor([3, 0, 8, 1, 1])
+    torch.library.opcheck(torch.ops.wikigpt.rotary.default, (q, k, cos, sin, positions, True, False))
+    inputs = (q.detach(), None if k is None else k.detach(), cos, sin, positions, True)
+    torch.library.opcheck(torch.ops.wikigpt.rotary_.default, inputs)
+
+
+@interpreted
+def test_checkpointing():
+    from torch.utils.checkpoint import checkpoint
+
+    x, (cos, sin) = random(1, 2, 5, 8).requires_grad_(), rotary_cos_sin(torch.arange(5), 8)
+    function = lambda x: apply_rotary_emb(x * 2, cos, sin, inplace=True, backend="triton").square()  # noqa: E731
+    expected = torch.autograd.grad(function(x).sum(), x)
+    assert torch.equal(torch.autograd.grad(checkpoint(function, x, use_reentrant=False).sum(), x)[0], expected[0])
+
+
+@interpreted
+def test_the_output_is_laid_out_in_memory_as_the_input():
+    cos, sin = rotary_cos_sin(torch.arange(5), 8)
+    x = random(2, 5, 3, 8).transpose(1, 2)
+    y = apply_rotary_emb(x, cos, sin, backend="triton")
+    assert y.stride() == x.stride()
+
+
+@interpreted
+def test_in_triton_a_position_outside_the_table_gives_nan_and_reads_nothing():
+    cos, sin = rotary_cos_sin(torch.arange(5), 8)
+    y = apply_rotary_emb(random(1, 1, 4, 8), cos, sin, positions=torch.tensor([4, 5, -1, 0]), backend="triton")
+    assert y.isnan().all(-1).flatten().tolist() == [False, True, True, False]
+    assert not y[:, :, [0, 3]].isnan().any()
+
+
+@interpreted
+def test_what_triton_does_not_compute_is_refused():
+    x, (cos, sin) = random(1, 1, 5, 8), rotary_cos_sin(torch.arange(5), 8)
+    with pytest.raises(ValueError, match="sin: requires a gradient, which 'triton' does not compute"):
+        apply_rotary_emb(x, cos, sin.requires_grad_(), backend="triton")
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            apply_rotary_emb(dual, cos, sin.detach(), backend="triton")
+
+
+def test_angles_get_a_gradient_from_pytorchs_operators():
+    x = random(1, 2, 5, 8).double()
+    cos, sin = (angle.requires_grad_() for angle in rotary_cos_sin(torch.arange(5), 8, dtype=torch.float64))
+    assert torch.autograd.gradcheck(lambda cos, sin: apply_rotary_emb(x, cos, sin), (cos, sin))
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(40, 3, 1, 8), (1, 20, 70, 6), (2, 1, 33, 128)])
+def test_many_sequences_heads_and_positions(shape):
+    cos, sin = rotary_cos_sin(torch.arange(shape[2]) + 1, shape[3])
+    x = random(*shape)
+    y = apply_rotary_emb(x, cos, sin, backend="triton")
+    torch.testing.assert_close(y, apply_rotary_emb_reference(x, cos, sin))
+
+
+@interpreted
+def test_several_heads_of_one_program(monkeypatch):
+    from wikigpt.kernels import rotary_triton
+
+    monkeypatch.setattr(rotary_triton, "PROGRAMS", 1)
+    cos, sin = rotary_cos_sin(torch.arange(5), 16)
+    q, k = random(2, 13, 5, 16), random(2, 3, 5, 16, seed=1)
+    turned = apply_rotary_emb_qk(q, k, cos, sin, backend="triton")
+    for got, x in zip(turned, (q, k)):
+        torch.testing.assert_close(got, apply_rotary_emb_reference(x, cos, sin))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (128, 128), (80, 32)])
+def test_gpu_a_layer_of_heads_is_accurate_and_repeats_bit_for_bit(head_dim, rotary_dim, interleaved):
+    cos, sin = rotary_cos_sin(torch.arange(2048, device="cuda"), rotary_dim)
+    q = torch.randn(4, 2048, 32, head_dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    k = torch.randn(4, 2048, 8, head_dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    once, twice = (apply_rotary_emb_qk(q, k, cos, sin, interleaved=interleaved, backend="triton") for _ in range(2))
+    for one, two, x in zip(once, twice, (q, k)):
+        assert torch.equal(one, two)
+        truth = apply_rotary_emb_reference(x.double(), cos.double(), sin.double(), interleaved=interleaved)
+        assert_as_accurate_as(one, apply_rotary_emb_reference(x, cos, sin, interleaved=interleaved), truth)
+        written = x.clone(memory_format=torch.preserve_format)
+        apply_rotary_emb(written, cos, sin, interleaved=interleaved, inplace=True, backend="triton")
+        assert torch.equal(written, one)
+
+
+@pytest.mark.gpu
+def test_gpu_more_than_2_to_the_31_elements():
+    cos, sin = rotary_cos_sin(torch.arange(4096, device="cuda"), 128)
+    x = torch.randn(130, 4096, 32, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    expected = apply_rotary_emb_reference(x[-1:], cos, sin)
+    apply_rotary_emb(x, cos, sin, inplace=True, backend="triton")
+    torch.testing.assert_close(x[-1:], expected)
