@@ -251,7 +251,49 @@ def _attention_decode() -> Cases:
     }
 
 
+def _norm_case(
+    op: str, dtype: torch.dtype, weight_dtype: torch.dtype, n: int, everything: bool, rows: int = 8192
+) -> Callable[[], object]:
+    def launch() -> None:
+        from .norm_triton import backward, forward
+
+        rms = op == "rms_norm"
+        x, weight, rstd = _meta(rows, n, dtype=dtype), _meta(n, dtype=weight_dtype), _meta(rows)
+        bias = None if rms else weight
+        residual = x if everything else None
+        seed, dropout_p = (_meta(2, dtype=torch.int64), 0.1) if everything else (None, 0.0)
+        forward(x, weight, bias, residual, seed, 1e-5, dropout_p, rms, rms, everything, True)
+        backward(
+            x, residual, x, weight, None if rms else rstd, rstd, seed, dropout_p, rms, dtype, None if rms else weight_dtype,
+            everything, True,
+        )  # fmt: skip
+
+    return launch
+
+
+def _norm() -> Cases:
+    """One row of 8: every number that Triton takes for a constant is 1; 64: many rows a program; 768 and 5,120: padded; up to
+    16,384 or 32,768 a row in registers; 65,536: in parts. Everything: residual, dropout, a gradient through their sum."""
+    one_row = {
+        f"{op} float32 one row {'everything' if everything else 'plain'}": _norm_case(
+            op, torch.float32, torch.float32, 8, everything, rows=1
+        )
+        for op in ("layer_norm", "rms_norm")
+        for everything in (False, True)
+    }
+    return one_row | {
+        f"{op} {str(dtype)[6:]} {n} {'everything' if everything else 'plain'}": _norm_case(
+            op, dtype, torch.float32 if everything else dtype, n, everything
+        )
+        for op in ("layer_norm", "rms_norm")
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for n in (64, 768, 2048, 4096, 5120, 8192, 16384, 32768, 65536)
+        for everything in (False, True)
+    }
+
+
 OPS: dict[str, Callable[[], Cases]] = {
+    "norm": _norm,
     "attention": _attention,
     "attention_features": _attention_features,
     "attention_decode": _attention_decode,

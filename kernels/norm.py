@@ -12,13 +12,15 @@ widen x to float32 and return float32.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
-from ._dispatch import Implementation, choose, register
+from ._dispatch import NAMESPACE, Implementation, choose, register, why_not_triton
 from .attention.op import seed_for
 from .attention.reference import keep_mask
 
@@ -55,29 +57,32 @@ def layer_norm_reference(
     eps: float = 1e-5,
     residual: Tensor | None = None,
     dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """(y, h)."""
+    prenorm: bool = False,
+) -> Any:
     h = _sum_reference(x, residual, dropout_p)
     wide = _upcast(h)
     centred = wide - wide.mean(-1, keepdim=True)
     y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    return _affine(y, weight, bias, False).to(x.dtype), h
+    y = _affine(y, weight, bias, False).to(x.dtype)
+    return (y, h) if prenorm else y
 
 
 def rms_norm_reference(
     x: Tensor,
     weight: Tensor | None = None,
-    bias: Tensor | None = None,
     eps: float = 1e-6,
     residual: Tensor | None = None,
     dropout_p: float = 0.0,
+    prenorm: bool = False,
+    *,
+    bias: Tensor | None = None,
     unit_offset: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """(y, h)."""
+) -> Any:
     h = _sum_reference(x, residual, dropout_p)
     wide = _upcast(h)
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return _affine(y, weight, bias, unit_offset).to(x.dtype), h
+    y = _affine(y, weight, bias, unit_offset).to(x.dtype)
+    return (y, h) if prenorm else y
 
 
 # --- PyTorch's own --------------------------------------------------------------------------------------------------
@@ -91,45 +96,238 @@ def _sum_torch(x: Tensor, residual: Tensor | None, dropout_p: float) -> Tensor:
 
 
 def _layer_norm_torch(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None, dropout_p: float
-) -> tuple[Tensor, Tensor]:
-    h = _sum_torch(x, residual, dropout_p)
-    input = h
-    if any(tensor is not None and tensor.dtype != x.dtype for tensor in (h, weight, bias)):
-        # PyTorch's kernels mix dtypes on some devices alone, and the result must not be rounded to a narrow h.
-        input, weight, bias = _upcast(h), _upcast_like(h, weight), _upcast_like(h, bias)
-    return F.layer_norm(input, x.shape[-1:], weight, bias, eps).to(x.dtype), h
-
-
-def _rms_norm_torch(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     residual: Tensor | None,
     dropout_p: float,
+    prenorm: bool,
+) -> Any:
+    h = _sum_torch(x, residual, dropout_p)
+    input = h
+    if any(tensor is not None and tensor.dtype != x.dtype for tensor in (h, weight, bias)):
+        # PyTorch's kernels mix dtypes on some devices alone, and the result must not be rounded to a narrow h.
+        input, weight, bias = _upcast(h), _upcast_like(h, weight), _upcast_like(h, bias)
+    y = F.layer_norm(input, x.shape[-1:], weight, bias, eps).to(x.dtype)
+    return (y, h) if prenorm else y
+
+
+def _rms_norm_torch(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    dropout_p: float,
+    prenorm: bool,
+    *,
+    bias: Tensor | None,
     unit_offset: bool,
-) -> tuple[Tensor, Tensor]:
+) -> Any:
     h = _sum_torch(x, residual, dropout_p)
     weight = _upcast_like(h, weight)
     if unit_offset and weight is not None:
         weight = 1 + weight
     # In the wide dtype, because PyTorch 2.11 to 2.13 square in the input's outside their fused CUDA kernel.
     y = F.rms_norm(_upcast(h), x.shape[-1:], weight, eps)
-    return (y if bias is None else y + bias).to(x.dtype), h
+    y = (y if bias is None else y + bias).to(x.dtype)
+    return (y, h) if prenorm else y
 
 
 def _upcast_like(h: Tensor, tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(torch.float64 if h.dtype == torch.float64 else torch.float32)
 
 
+# --- registered op: the kernels of norm_triton.py -------------------------------------------------------------------
+
+
+def _kernels() -> Any:
+    return importlib.import_module(".norm_triton", __package__)  # at first use, because it imports triton
+
+
+def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """Operators return tensors alone: one of no element stands for None."""
+    return like.new_empty(0) if tensor is None else tensor
+
+
+@torch.library.custom_op(f"{NAMESPACE}::norm", mutates_args=())
+def _norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    rms: bool,
+    unit_offset: bool,
+    keep_h: bool,
+    keep_statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, h, mean, rstd). h is kept only where it is not x itself."""
+    y, *kept = _kernels().forward(
+        x, weight, bias, residual, seed, eps, dropout_p, rms, unit_offset, keep_h, keep_statistics
+    )  # fmt: skip
+    h, mean, rstd = (_or_empty(tensor, x) for tensor in kept)
+    return y, h, mean, rstd
+
+
+@_norm.register_fake
+def _(x, weight, bias, residual, seed, eps, dropout_p, rms, unit_offset, keep_h, keep_statistics):  # type: ignore[no-untyped-def]
+    rows = x.shape[:-1].numel()
+    empty, statistics = x.new_empty(0), x.new_empty(rows, dtype=torch.float32)
+    h = torch.empty_like(x if residual is None else residual, memory_format=torch.contiguous_format)
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        h if keep_h else empty,
+        statistics if keep_statistics and not rms else x.new_empty(0),
+        statistics.new_empty(rows) if keep_statistics else x.new_empty(0),
+    )
+
+
+@torch.library.custom_op(f"{NAMESPACE}::norm_backward", mutates_args=())
+def _norm_backward(
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    unit_offset: bool,
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+    needs_residual: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx in dtype, d residual, dweight, dbias in bias_dtype), those not asked for of no element."""
+    dx, *others = _kernels().backward(
+        dy, dh, h, weight, mean, rstd, seed, dropout_p, unit_offset, dtype, bias_dtype, needs_residual, needs_weight
+    )  # fmt: skip
+    dresidual, dweight, dbias = (_or_empty(tensor, h) for tensor in others)
+    return dx, dresidual, dweight, dbias
+
+
+@_norm_backward.register_fake
+def _(dy, dh, h, weight, mean, rstd, seed, dropout_p, unit_offset, dtype, bias_dtype, needs_residual, needs_weight):  # type: ignore[no-untyped-def]
+    n = h.shape[-1]
+    return (
+        torch.empty_like(h, dtype=dtype, memory_format=torch.contiguous_format),
+        torch.empty_like(h, memory_format=torch.contiguous_format) if needs_residual else h.new_empty(0),
+        h.new_empty(n, dtype=weight.dtype) if needs_weight else h.new_empty(0),
+        h.new_empty(0) if bias_dtype is None else h.new_empty(n, dtype=bias_dtype),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # the types are torch's own
+    x, weight, bias, _, seed, _, ctx.dropout_p, ctx.rms, ctx.unit_offset, ctx.keep_h, _ = inputs
+    _, h, mean, rstd = output
+    ctx.dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(h if ctx.keep_h else x, weight, mean, rstd, seed)
+
+
+def _backward(ctx, dy, dh, *_):  # type: ignore[no-untyped-def]
+    nothing = (None,) * 7
+    if dy is None and dh is None:
+        return (None,) * 4 + nothing
+    h, weight, mean, rstd, seed = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+    # Without dropout both summands of h have one gradient, which one tensor holds if they have one dtype.
+    shared = seed is None and ctx.dtype == h.dtype
+    dx, dresidual, dweight, dbias = torch.ops.wikigpt.norm_backward(
+        torch.zeros_like(h, dtype=ctx.dtype) if dy is None else dy, dh if ctx.keep_h else None, h, weight,
+        None if ctx.rms else mean, rstd, seed, ctx.dropout_p, ctx.unit_offset, ctx.dtype,
+        ctx.bias_dtype if needs_bias else None, needs_residual and not shared, needs_weight,
+    )  # fmt: skip
+    return (
+        dx if needs_x else None,
+        dweight if needs_weight else None,
+        dbias if needs_bias else None,
+        (dx if shared else dresidual) if needs_residual else None,
+        *nothing,
+    )
+
+
+_norm.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _no_second_derivative(ctx, *_):  # type: ignore[no-untyped-def]
+    raise NotImplementedError("layer_norm and rms_norm have no second derivative (use backend='reference')")
+
+
+_norm_backward.register_autograd(_no_second_derivative)
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    dropout_p: float,
+    prenorm: bool,
+    rms: bool,
+    unit_offset: bool,
+) -> Any:
+    tensors = [tensor for tensor in (x, weight, bias, residual) if tensor is not None]
+    # A registered op without a forward-mode formula drops tangents in silence.
+    if not torch.compiler.is_compiling() and any(unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError("layer_norm and rms_norm have no forward-mode derivative (use backend='reference')")
+    grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    summed = residual is not None or dropout_p > 0
+    seed = seed_for(dropout_p, x.device)
+    y, h, _, _ = _norm(
+        x, weight, bias, residual, seed, eps, dropout_p, rms, unit_offset, summed and (prenorm or grad), grad
+    )  # fmt: skip
+    return (y, h if summed else x) if prenorm else y
+
+
+def _layer_norm_triton(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    dropout_p: float,
+    prenorm: bool,
+) -> Any:
+    if _any_float64(x, weight, bias, residual):
+        return layer_norm_reference(x, weight, bias, eps, residual, dropout_p, prenorm)
+    return _run(x, weight, bias, eps, residual, dropout_p, prenorm, False, False)
+
+
+def _rms_norm_triton(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    dropout_p: float,
+    prenorm: bool,
+    *,
+    bias: Tensor | None,
+    unit_offset: bool,
+) -> Any:
+    if _any_float64(x, weight, bias, residual):
+        return rms_norm_reference(x, weight, eps, residual, dropout_p, prenorm, bias=bias, unit_offset=unit_offset)
+    return _run(x, weight, bias, eps, residual, dropout_p, prenorm, True, unit_offset)
+
+
+def _any_float64(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+
+
 register(
     "layer_norm",
+    Implementation("triton", _layer_norm_triton, why_not_triton),
     Implementation("torch", _layer_norm_torch),
     Implementation("reference", layer_norm_reference),
 )
 register(
     "rms_norm",
+    Implementation("triton", _rms_norm_triton, why_not_triton),
     Implementation("torch", _rms_norm_torch),
     Implementation("reference", rms_norm_reference),
 )
@@ -189,8 +387,7 @@ def layer_norm(
     outside 0 <= p < 1.
     """
     _check(x, weight, bias, eps, residual, dropout_p)
-    y, h = choose("layer_norm", x.device.type, backend)(x, weight, bias, eps, residual, dropout_p)
-    return (y, h) if prenorm else y
+    return choose("layer_norm", x.device.type, backend)(x, weight, bias, eps, residual, dropout_p, prenorm)
 
 
 def rms_norm(
@@ -210,8 +407,8 @@ def rms_norm(
     unit_offset multiplies by 1 + weight (Gemma), computed in float32. Everything else as in `layer_norm`.
     """
     _check(x, weight, bias, eps, residual, dropout_p)
-    y, h = choose("rms_norm", x.device.type, backend)(x, weight, bias, eps, residual, dropout_p, unit_offset)
-    return (y, h) if prenorm else y
+    function = choose("rms_norm", x.device.type, backend)
+    return function(x, weight, eps, residual, dropout_p, prenorm, bias=bias, unit_offset=unit_offset)
 
 
 def _one_dimension(normalized_shape: int | list[int] | tuple[int, ...] | torch.Size) -> int:

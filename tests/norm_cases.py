@@ -67,12 +67,12 @@ def check(case: Case, backend: str | None, inputs: dict[str, Tensor] | None = No
         outputs(case, "reference", inputs, wide=True),
     )
     for name, expected in truth.items():
-        assert ours[name].dtype == plain[name].dtype, name
-        # Plain PyTorch may by luck be exact in the few elements of a small case.
-        absolute = torch.finfo(ours[name].dtype).eps / 4 * float(expected.abs().max()) if expected.numel() else 0.0
-        if expected.numel() == 0:
-            assert ours[name].shape == expected.shape
-        elif ours[name].dtype == torch.float64:
-            torch.testing.assert_close(ours[name], expected)
-        else:
-            assert_as_accurate_as(ours[name], plain[name], expected, absolute=absolute)
+        got = ours[name]
+        assert (got.dtype, got.shape) == (plain[name].dtype, expected.shape), name
+        if got.dtype == torch.float64:
+            torch.testing.assert_close(got, expected)
+            continue
+        # Plain PyTorch may by luck be exact in the few elements of a small case, and terms of size 1 may cancel to 0 (dx of
+        # rows of one element is all rounding).
+        absolute = torch.finfo(got.dtype).eps / 4 * float(expected.abs().max()) + torch.finfo(torch.float32).eps
+        assert_as_accurate_as(got, plain[name], expected, absolute=absolute)
