@@ -307,6 +307,18 @@ EXCEPTIONS = {
     ("_dkdv", 100, "float16 256"): "the sums of dK and dV pass through 128 registers a thread; without tcgen05 it would fit",
 }
 
+_WORDS = "dropout's words beside a row, its sums and its gradient: a few values for each row, which L1 holds"
+EXCEPTIONS |= {
+    ("_backward", arch, case): _WORDS
+    for arch in ARCHITECTURES
+    for case in ("norm bfloat16 5120 everything", "rms_norm bfloat16 16384 everything")
+} | {
+    ("_backward", 80, "layer_norm bfloat16 64 everything"): _WORDS,
+    ("_backward", 100, "layer_norm bfloat16 8192 everything"): _WORDS,
+    ("_backward", 100, "layer_norm float32 5120 everything"): _WORDS,
+    ("_backward", 120, "layer_norm float32 5120 everything"): _WORDS,
+}
+
 
 def excuse(kernel: Kernel) -> tuple[str, int, str] | None:
     """The entry of EXCEPTIONS that covers the kernel."""
