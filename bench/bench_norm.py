@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from wikigpt.kernels import layer_norm, rms_norm
 
 from tests.conftest import assert_as_accurate_as
@@ -133,7 +134,7 @@ def check(name: str, function: Function, op: str, leaves: list[Tensor | None], g
 
 
 @functools.cache
-@torch._functorch.config.patch(donated_buffer=False)  # a compiled backward may then run again on a graph that is kept
+@functorch_config.patch(donated_buffer=False)  # a compiled backward may then run again on a graph that is kept
 def measure(device: str, sizes: str, op: str, m: int, n: int, residual: bool) -> dict[str, Any]:
     """Implementation -> {False: forward, True: backward} of (seconds of each round, peak bytes), or why it cannot."""
     rng = torch.Generator(device).manual_seed(m + n)
