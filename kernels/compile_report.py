@@ -317,12 +317,54 @@ def _rotary() -> Cases:
     }
 
 
+def _norm_case(
+    op: str, dtype: torch.dtype, weight_dtype: torch.dtype, n: int, everything: bool, rows: int = 8192
+) -> Callable[[], object]:
+    def launch() -> None:
+        from .norm_triton import backward, forward
+
+        rms = op == "rms_norm"
+        x, weight, rstd = _meta(rows, n, dtype=dtype), _meta(n, dtype=weight_dtype), _meta(rows)
+        bias = None if rms else weight
+        residual = x if everything else None
+        seed, dropout_p = (_meta(2, dtype=torch.int64), 0.1) if everything else (None, 0.0)
+        forward(x, weight, bias, residual, seed, 1e-5, dropout_p, rms, rms, everything, True)
+        backward(
+            x, residual, x, weight, None if rms else rstd, rstd, seed, dropout_p, rms, dtype, None if rms else weight_dtype,
+            everything, True,
+        )  # fmt: skip
+
+    return launch
+
+
+def _norm() -> Cases:
+    """One row of 8: every number that Triton takes for a constant is 1; 64: many rows a program; 768 and 5,120: padded; up to
+    16,384 or 32,768 a row in registers; 65,536: in parts. Everything: residual, dropout, a gradient through their sum."""
+    one_row = {
+        f"{op} float32 one row {'everything' if everything else 'plain'}": _norm_case(
+            op, torch.float32, torch.float32, 8, everything, rows=1
+        )
+        for op in ("layer_norm", "rms_norm")
+        for everything in (False, True)
+    }
+    return one_row | {
+        f"{op} {str(dtype)[6:]} {n} {'everything' if everything else 'plain'}": _norm_case(
+            op, dtype, torch.float32 if everything else dtype, n, everything
+        )
+        for op in ("layer_norm", "rms_norm")
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for n in (64, 768, 2048, 4096, 5120, 8192, 16384, 32768, 65536)
+        for everything in (False, True)
+    }
+
+
 OPS: dict[str, Callable[[], Cases]] = {
     "rotary": _rotary,
     "activation": _activation,
     "attention": _attention,
     "attention_features": _attention_features,
     "attention_decode": _attention_decode,
+    "norm": _norm,
 }
 
 
@@ -331,6 +373,17 @@ EXCEPTIONS = {
     ("_dkdv", 90, "float16 128 causal"): "a few loop-invariant addresses; the next smaller tile, 16 queries, starves wgmma",
     ("_dkdv", 90, "float16 256"): "the sums of dK and dV alone are 128 registers a thread; without wgmma it would fit",
     ("_dkdv", 100, "float16 256"): "the sums of dK and dV pass through 128 registers a thread; without tcgen05 it would fit",
+}
+_WORDS = "dropout's words beside a row, its sums and its gradient: a few values for each row, which L1 holds"
+EXCEPTIONS |= {
+    ("_backward", arch, case): _WORDS
+    for arch in ARCHITECTURES
+    for case in ("norm bfloat16 5120 everything", "rms_norm bfloat16 16384 everything")
+} | {
+    ("_backward", 80, "layer_norm bfloat16 64 everything"): _WORDS,
+    ("_backward", 100, "layer_norm bfloat16 8192 everything"): _WORDS,
+    ("_backward", 100, "layer_norm float32 5120 everything"): _WORDS,
+    ("_backward", 120, "layer_norm float32 5120 everything"): _WORDS,
 }
 
 

@@ -37,6 +37,12 @@ MEMORY_BOUND = {
     "activation": "bfloat16 gelu 11008 (packed|everything)|one row everything",
     "rotary": "bfloat16 (128/128|80/32) (halves|pairs)$|float32 80/32 pairs positions|token pairs",
 }
+# Rows in parts, one row a program with and without padding; on two architectures also many rows a program and the rest.
+NORM = "layer_norm bfloat16 (5120|65536) everything|rms_norm bfloat16 16384 plain"
+NORMS = dict.fromkeys(CASES, NORM) | dict.fromkeys(
+    (90, 100),
+    NORM + "|layer_norm bfloat16 64 everything|rms_norm (bfloat16 2048|float32 8192) plain|float32 one row everything",
+)
 
 
 def compiled(directory: Path, arch: int, op: str, only: str) -> list:
@@ -97,6 +103,11 @@ def test_memory_bound_kernels_spill_nothing_and_move_16_bytes_at_a_time(memory_b
     assert all(kernel.occupancy >= 0.15 for kernel in memory_bound_kernels), "too few warps to hide the memory's latency"
 
 
+@pytest.fixture(params=CASES, ids="sm_{}".format)
+def norm_kernels(request, directory):
+    return compiled(directory, request.param, "norm", NORMS[request.param])
+
+
 def test_no_row_spills_without_a_reason(kernels):
     spilling = [kernel for kernel in kernels if kernel.spills and compile_report.excuse(kernel) is None]
     assert not spilling
@@ -127,6 +138,21 @@ def test_global_memory_is_read_16_bytes_at_a_time(kernels):
 def test_with_every_feature_a_block_fits_its_multiprocessor(kernels_with_features):
     limits = compile_report.ARCHITECTURES
     assert not [k for k in kernels_with_features if k.blocks < 1 or k.shared > limits[k.arch].shared_block]
+
+
+def test_no_norm_spills_without_a_reason(norm_kernels):
+    assert not [kernel for kernel in norm_kernels if kernel.spills and compile_report.excuse(kernel) is None]
+
+
+def test_every_norm_fits_its_multiprocessor(norm_kernels):
+    limits = compile_report.ARCHITECTURES
+    assert not [k for k in norm_kernels if k.blocks < 1 or k.shared > limits[k.arch].shared_block]
+
+
+def test_norms_read_16_bytes_at_a_time_and_wait_for_none_in_the_backward(norm_kernels):
+    kernels = [kernel for kernel in norm_kernels if "one row" not in kernel.case]  # its numbers lie at any address
+    assert all(kernel.load in ("16 B", "async 16 B") for kernel in kernels)
+    assert all(kernel.load == "async 16 B" for kernel in kernels if kernel.name == "_backward"), kernels
 
 
 def test_under_the_interpreter_nothing_can_be_compiled():
