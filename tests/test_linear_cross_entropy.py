@@ -1,37 +1,62 @@
-"""linear_cross_entropy against its reference in float64, under the numeric rule of conftest."""
+"""linear_cross_entropy against its reference in float64, under the numeric rule of conftest: C++, PyTorch's operators in chunks,
+and Triton, interpreted, in chunks of the vocabulary."""
 
 import itertools
 import math
+import os
+import weakref
 from importlib import import_module
 
 import pytest
 import torch
 import torch.nn.functional as F
 from wikigpt.kernels import linear_cross_entropy as lce
+from torch.utils._python_dispatch import TorchDispatchMode
+from wikigpt.kernels import debug_checks
 from wikigpt.kernels.linear_cross_entropy import linear_cross_entropy_reference
 
 from tests.conftest import assert_as_accurate_as
 from wikigpt import kernels
 
 module = import_module("wikigpt.kernels.linear_cross_entropy")
+sweeps = pytest.importorskip("wikigpt.kernels.linear_cross_entropy_triton", reason="triton is for Linux alone")
 needs_extension = pytest.mark.skipif(
     import_module("wikigpt.kernels._dispatch").extension()[0] is None,
     reason="csrc/ is not built (no C++ compiler)",
 )
 
 # Rows: below, at and above one register tile and one chunk (256); features and vocabulary: not multiples of anything.
-SHAPES = [(1, 1, 1), (5, 7, 11), (33, 20, 515), (256, 64, 96), (300, 40, 1000), (257, 130, 97)]
+SHAPES = [(1, 1, 1), (5, 7, 11), (33, 20, 515), (130, 64, 96)]
+CPU_SHAPES = [(256, 64, 96), (300, 40, 1000), (257, 130, 97)]
 
 
-@pytest.fixture(params=["csrc", "chunked"])
+@pytest.fixture(params=["csrc", "chunked", "triton", "triton, logits kept"])
 def implementation(request, monkeypatch):
-    """Both implementations for the CPU: C++, and the one in PyTorch's operators for machines without a compiler."""
+    """Both implementations for the CPU: C++, and the one in PyTorch's operators for machines without a compiler. And the Triton
+    kernels, with and without the logits kept for the backward."""
+    if request.param.startswith("triton"):
+        request.getfixturevalue("small_chunks")
+        if request.param.endswith("kept"):
+            monkeypatch.setattr(sweeps, "KEEP_BYTES", 1 << 30)
+        with kernels.backend("triton"):
+            yield request.param
+        return
     built = module.extension()[0] is not None
     if request.param == "chunked":
         monkeypatch.setattr(module, "extension", lambda: (None, "switched off by the test"))
     elif not built:
         pytest.skip("csrc/ is not built (no C++ compiler)")
-    return request.param
+    yield request.param
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Three chunks of a vocabulary from 300 up, and logits made again in the backward."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("a GPU is here: the tests marked gpu run on it")
+    monkeypatch.setattr(sweeps, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(sweeps, "MAX_CHUNKS", 3)
+    monkeypatch.setattr(sweeps, "KEEP_BYTES", 0)
 
 
 def problem(n, d, v, *, bias=True, ignore=True, dtype=torch.float32, seed=0):
@@ -51,6 +76,14 @@ def gradients(function, x, w, b, y, upstream, dtype, **options):
     loss = function(leaves[0], leaves[1], y, linear_bias=leaves[2], **options)
     loss.backward(upstream.to(loss.dtype))
     return [loss.detach(), *(t.grad for t in leaves if t is not None)]
+
+
+@pytest.mark.parametrize("implementation", ["csrc", "chunked"], indirect=True)
+@pytest.mark.parametrize("shape", CPU_SHAPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_chunks_of_tokens_are_as_accurate_as_plain_pytorch(implementation, shape, bias, reduction):
+    test_loss_and_gradients_are_as_accurate_as_plain_pytorch(implementation, shape, bias, reduction)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -123,7 +156,7 @@ def test_nan_and_inf_in_the_input_reach_the_loss(implementation, bad):
 
 
 def test_two_calls_give_the_same_bits(implementation):
-    x, w, b, y = problem(300, 40, 1000)
+    x, w, b, y = problem(*((33, 20, 515) if implementation.startswith("triton") else (300, 40, 1000)))
     first = gradients(lce, x, w, b, y, torch.tensor(1.0), torch.float32)
     second = gradients(lce, x, w, b, y, torch.tensor(1.0), torch.float32)
     assert all(torch.equal(a, c) for a, c in zip(first, second))
@@ -188,7 +221,7 @@ def test_opcheck():
     x, w, b, y = problem(12, 6, 9)
     leaves = [t.requires_grad_() for t in (x, w, b)]
     for reduction in ("mean", "none"):
-        arguments = (*leaves, y, None, reduction, -100, 0.1, 0.0, 0.0, True, True, True)
+        arguments = (*leaves, y, None, reduction, -100, 0.1, 0.0, 0.0, True, True, True, False)
         torch.library.opcheck(torch.ops.wikigpt.linear_cross_entropy.default, arguments)
 
 
@@ -237,6 +270,9 @@ def test_memory_stays_far_below_that_of_the_logits():
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing: got 1.5"),
         ({"z_loss": -1.0}, ValueError, r"z_loss: got -1.0"),
         ({"softcap": math.nan}, ValueError, r"softcap: got nan"),
+        ({"linear_weight": torch.empty(0, 8)}, ValueError, r"linear_weight: got shape \(0, 8\)"),
+        ({"weight": torch.ones(8)}, ValueError, r"weight: got shape \(8,\)"),
+        ({"linear_bias": torch.ones(20, device="meta")}, ValueError, r"linear_bias: got device meta, input is on cpu"),
     ],
 )
 def test_bad_arguments_are_named(implementation, change, error, message):
