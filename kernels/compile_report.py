@@ -288,8 +288,8 @@ def _cross_entropy_case(dtype: torch.dtype, vocabulary: int) -> Callable[[], obj
 
         z, target = _meta(4096, vocabulary, dtype=dtype), _meta(4096, dtype=torch.int64)
         options, rows = kernels.options(-100, 0.0, 0.0, 0.0, None), kernels.Rows.empty(target, False, 1)
-        kernels.forward(z, None, target, rows, 0, vocabulary, options)
-        kernels.gradient(z, z, None, target, rows.lse, rows.loss, 0, vocabulary, options)
+        kernels.forward(z, target, rows, 0, vocabulary, options)
+        kernels.gradient(z, z, target, rows.lse, rows.loss, 0, vocabulary, options)
 
     return launch
 

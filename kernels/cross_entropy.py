@@ -152,7 +152,7 @@ def _forward(
     rows = k.Rows.empty(target, aux, 1)
     z = logits if logits.stride(-1) == 1 else logits.contiguous()
     options = k.options(ignore_index, label_smoothing, softcap, z_loss, weight)
-    k.forward(z, None, target.contiguous(), rows, 0, logits.shape[1], options)
+    k.forward(z, target.contiguous(), rows, 0, logits.shape[1], options)
     return rows.loss, rows.lse, rows.target_logits, rows.correct
 
 
@@ -173,7 +173,7 @@ def empty_rows(target: Tensor, aux: bool) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 def _gradient(out: Tensor, z: Tensor, row_grad: Tensor, lse: Tensor, target: Tensor, options: Any) -> None:
-    kernels().gradient(z, out, None, target.contiguous(), lse, row_grad, 0, z.shape[1], options)
+    kernels().gradient(z, out, target.contiguous(), lse, row_grad, 0, z.shape[1], options)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::cross_entropy_backward", mutates_args=())

@@ -19,11 +19,8 @@ from .attention.tile import _tanh
 
 
 @triton.jit
-def _modified(z, bias, softcap, SOFTCAP: tl.constexpr):
-    """Products to logits, in float32."""
+def _capped(z, softcap, SOFTCAP: tl.constexpr):
     z = z.to(tl.float32)
-    if bias is not None:
-        z += bias
     if SOFTCAP:
         z = softcap * _tanh(z / softcap)
     return z
@@ -32,7 +29,6 @@ def _modified(z, bias, softcap, SOFTCAP: tl.constexpr):
 @triton.jit
 def _forward(
     Z,
-    Bias,
     ClassWeight,
     WeightSum,
     Target,
@@ -45,6 +41,7 @@ def _forward(
     stride_zm,
     first,
     width,
+    row_end,
     n_rows,
     vocabulary,
     ignore_index,
@@ -56,7 +53,8 @@ def _forward(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """A program owns BLOCK_M rows and walks over their columns. State is (4, n_rows)."""
+    """A program owns BLOCK_M rows and walks over their columns. State is (4, n_rows). What lies between `width` and `row_end`
+    may be read, and written in `_gradient`, which keeps accesses wide where the width is odd."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     some = row < n_rows
     z_row = Z + row.to(tl.int64) * stride_zm  # tokens x vocabulary passes 2^31
@@ -79,18 +77,13 @@ def _forward(
 
     has_target = some & (y >= first) & (y < first + width)
     z_target = tl.load(z_row + (y - first), mask=has_target, other=0.0)
-    bias_target = tl.load(Bias + y, mask=has_target, other=0.0).to(tl.float32) if Bias is not None else None
-    z_target = _modified(z_target, bias_target, softcap, SOFTCAP)
-    target_logit = tl.where(has_target, z_target, target_logit)
+    target_logit = tl.where(has_target, _capped(z_target, softcap, SOFTCAP), target_logit)
 
     for begin in range(0, width, BLOCK_N):
         column = begin + tl.arange(0, BLOCK_N)
         exists = column < width
-        z = tl.load(z_row[:, None] + column[None, :], mask=some[:, None] & exists[None, :], other=0.0)
-        bias = None
-        if Bias is not None:
-            bias = tl.load(Bias + first + column, mask=exists, other=0.0).to(tl.float32)[None, :]
-        z = _modified(z, bias, softcap, SOFTCAP)
+        z = tl.load(z_row[:, None] + column[None, :], mask=some[:, None] & (column < row_end)[None, :], other=0.0)
+        z = _capped(z, softcap, SOFTCAP)
         if SMOOTHING:
             weighted = z
             if ClassWeight is not None:
@@ -102,7 +95,7 @@ def _forward(
             found = tl.min(tl.where(z == block_max[:, None], column[None, :], width), 1) + first
             index = tl.where(block_max > row_max, found, index)
         new_max = tl.maximum(row_max, block_max)
-        # Nothing but -inf so far (a vocabulary padded by a bias of -inf): -inf - -inf would be NaN.
+        # Nothing but -inf so far (a vocabulary closed by a bias of -inf): -inf - -inf would be NaN.
         safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
         row_sum = row_sum * tl.exp(row_max - safe_max) + tl.sum(tl.exp(z - safe_max[:, None]), 1)
         row_max = new_max
@@ -138,7 +131,6 @@ def _forward(
 def _gradient(
     Z,
     Out,
-    Bias,
     ClassWeight,
     WeightSum,
     Target,
@@ -151,6 +143,7 @@ def _gradient(
     stride_flags,
     first,
     width,
+    row_end,
     n_rows,
     vocabulary,
     ignore_index,
@@ -186,11 +179,9 @@ def _gradient(
     row_grad = tl.load(RowGrad + row64 * stride_row_grad, mask=valid, other=0.0).to(tl.float32)
     row_grad = tl.where(inside, row_grad, float("nan"))
 
-    z = tl.load(Z + row64[:, None] * stride_zm + column[None, :], mask=valid[:, None] & exists[None, :], other=0.0)
-    bias = None
-    if Bias is not None:
-        bias = tl.load(Bias + first + column, mask=exists, other=0.0).to(tl.float32)[None, :]
-    z = _modified(z, bias, softcap, SOFTCAP)
+    reads = (column < row_end)[None, :]
+    z = tl.load(Z + row64[:, None] * stride_zm + column[None, :], mask=valid[:, None] & reads, other=0.0)
+    z = _capped(z, softcap, SOFTCAP)
     grad = of_softmax[:, None] * tl.exp(z - lse[:, None])
     if SMOOTHING:
         uniform = smoothing / vocabulary
@@ -211,7 +202,7 @@ def _gradient(
         tl.store(flag_ptrs, counts, mask=some[:, None] & (tile * TILE < width)[None, :])
     grad = tl.where(valid[:, None], grad * row_grad[:, None], 0.0)
     out_ptrs = Out + row64[:, None] * stride_om + column[None, :]
-    tl.store(out_ptrs, grad.to(Out.dtype.element_ty), mask=some[:, None] & exists[None, :])
+    tl.store(out_ptrs, grad.to(Out.dtype.element_ty), mask=some[:, None] & reads)
 
 
 # --- launch ---------------------------------------------------------------------------------------------------------
@@ -269,26 +260,30 @@ class Rows:
         return Rows(new(n), new(n), new(n if aux else 0), new(n if aux else 0, dtype=torch.bool), state, index)
 
 
-def forward(z: Tensor, bias: Tensor | None, target: Tensor, rows: Rows, first: int, vocabulary: int, x: Options) -> None:
-    """Take columns first.. of every row, z (N, width), into `rows`; the last ones give the results."""
+def _row_end(width: int, padded: bool) -> int:
+    return triton.cdiv(width, 16) * 16 if padded else width
+
+
+def forward(z: Tensor, target: Tensor, rows: Rows, first: int, vocabulary: int, x: Options, padded: bool = False) -> None:
+    """Take columns first.. of every row, z (N, width), into `rows`; the last ones give the results. `padded`: each row goes on
+    to a multiple of 16 columns, with anything in them."""
     n, width = z.shape
     if n == 0:
         return
-    plain = bias is None and x.class_weight is None and x.softcap == 0 and rows.index is None
+    plain = x.class_weight is None and x.softcap == 0 and rows.index is None
     block_m, block_n, num_warps = block(width, plain)
     with device_of(z):
         _forward[(triton.cdiv(n, block_m),)](
-            z, bias, x.class_weight, x.weight_sum, target, rows.state, rows.index,
-            rows.loss, rows.lse, rows.target_logits, rows.correct.view(torch.int8), z.stride(0), first, width, n, vocabulary,
-            x.ignore_index, x.label_smoothing, x.softcap or 1.0, x.z_loss, SMOOTHING=x.label_smoothing > 0,
-            SOFTCAP=x.softcap > 0, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps,
+            z, x.class_weight, x.weight_sum, target, rows.state, rows.index, rows.loss, rows.lse, rows.target_logits,
+            rows.correct.view(torch.int8), z.stride(0), first, width, _row_end(width, padded), n, vocabulary, x.ignore_index,
+            x.label_smoothing, x.softcap or 1.0, x.z_loss, SMOOTHING=x.label_smoothing > 0, SOFTCAP=x.softcap > 0,
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps,
         )  # fmt: skip
 
 
 def gradient(
     z: Tensor,
     out: Tensor,
-    bias: Tensor | None,
     target: Tensor,
     lse: Tensor,
     row_grad: Tensor,
@@ -296,6 +291,7 @@ def gradient(
     vocabulary: int,
     x: Options,
     flags: Tensor | None = None,
+    padded: bool = False,
 ) -> None:
     """Logits z (N, width) of columns first.. to their gradient in out, which may be z. flags (N, tiles) int8 are filled for
     `FLAG_TILE` columns each where given."""
@@ -305,10 +301,11 @@ def gradient(
     block_m, block_n, num_warps = block(width)
     with device_of(z):
         _gradient[(triton.cdiv(n, block_m), triton.cdiv(width, block_n))](
-            z, out, bias, x.class_weight, x.weight_sum, target, lse, row_grad, flags, z.stride(0), out.stride(0),
-            row_grad.stride(0), 0 if flags is None else flags.stride(0), first, width, n, vocabulary, x.ignore_index,
-            x.label_smoothing, x.softcap or 1.0, x.z_loss, resolution(out.dtype), SMOOTHING=x.label_smoothing > 0,
-            SOFTCAP=x.softcap > 0, TILE=FLAG_TILE, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps,
+            z, out, x.class_weight, x.weight_sum, target, lse, row_grad, flags, z.stride(0), out.stride(0),
+            row_grad.stride(0), 0 if flags is None else flags.stride(0), first, width, _row_end(width, padded), n, vocabulary,
+            x.ignore_index, x.label_smoothing, x.softcap or 1.0, x.z_loss, resolution(out.dtype),
+            SMOOTHING=x.label_smoothing > 0, SOFTCAP=x.softcap > 0, TILE=FLAG_TILE, BLOCK_M=block_m, BLOCK_N=block_n,
+            num_warps=num_warps,
         )  # fmt: skip
 
 

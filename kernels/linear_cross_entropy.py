@@ -18,6 +18,7 @@ upstream gradients that come: one way for every reduction.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -358,6 +359,36 @@ def _fused(
 # --- registered ops: Triton -----------------------------------------------------------------------------------------
 
 
+# The buffer of logits takes this much, or 1/32 of all logits where that is more: products of enough columns for cuBLAS.
+CHUNK_BYTES = 64 << 20
+MAX_CHUNKS = 32
+# All logits of a problem up to this size are kept for the backward, which then needs no product to make them again.
+KEEP_BYTES = 256 << 20
+
+
+def chunk_width(n: int, vocabulary: int, itemsize: int) -> int:
+    """Columns of a chunk: chunks of equal size, a multiple of 128 where there are several."""
+    wanted = max(CHUNK_BYTES // (max(n, 1) * itemsize), -(-vocabulary // MAX_CHUNKS))
+    if wanted >= vocabulary:
+        return vocabulary
+    width = -(-vocabulary // -(-vocabulary // wanted))
+    return -(-width // 128) * 128
+
+
+def vocabulary_chunks(n: int, vocabulary: int, itemsize: int) -> Iterator[tuple[int, int, int]]:
+    """(number, first column, columns) of each chunk."""
+    width = chunk_width(n, vocabulary, itemsize)
+    for i, first in enumerate(range(0, vocabulary, width)):
+        yield i, first, min(width, vocabulary - first)
+
+
+def buffers(input: Tensor, vocabulary: int, keep: bool) -> Tensor:
+    """Room for one chunk of logits, or all, (chunks, N, columns): rows begin at multiples of 128 bytes, which vector loads and
+    cuBLAS want."""
+    n, width = input.shape[0], chunk_width(input.shape[0], vocabulary, input.element_size())
+    return input.new_empty(-(-vocabulary // width) if keep else 1, n, -(-width // 64) * 64)
+
+
 def _sweeps() -> Any:
     return importlib.import_module(".linear_cross_entropy_triton", __package__)
 
@@ -380,15 +411,14 @@ def _losses(
     """(loss, lse, target_logits, correct) of each token, and the logits for the backward if it is to keep them.
     Matrix products are in the dtype of input."""
     options = row_kernels().options(ignore_index, label_smoothing, softcap, z_loss, weight)
-    bias = None if linear_bias is None else linear_bias.contiguous()
-    rows, logits = _sweeps().losses(input, linear_weight, bias, target.contiguous(), options, keep, aux)
+    rows, logits = _sweeps().losses(input, linear_weight, linear_bias, target.contiguous(), options, keep, aux)
     return rows.loss, rows.lse, rows.target_logits, rows.correct, logits
 
 
 @_losses.register_fake
 def _(input, linear_weight, linear_bias, weight, target, *rest):  # type: ignore[no-untyped-def]
     *_, aux, keep, _ = rest
-    return *empty_rows(target, aux), _sweeps().buffers(input, linear_weight.shape[0], True) if keep else input.new_empty(0)
+    return *empty_rows(target, aux), buffers(input, linear_weight.shape[0], True) if keep else input.new_empty(0)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy_backward", mutates_args=())
@@ -411,10 +441,9 @@ def _gradients(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = row_kernels().options(ignore_index, label_smoothing, softcap, z_loss, weight)
-    bias = None if linear_bias is None else linear_bias.contiguous()
     needs = (needs_input, needs_weight, needs_bias)
     d_input, d_weight, d_bias = _sweeps().gradients(
-        row_grad, lse, logits, input, linear_weight, bias, target.contiguous(), options, needs, filter_gradients
+        row_grad, lse, logits, input, linear_weight, linear_bias, target.contiguous(), options, needs, filter_gradients
     )
     return d_input, d_weight, d_bias if linear_bias is None else d_bias.to(linear_bias.dtype)
 
@@ -497,7 +526,7 @@ def _triton(
     leaves = [tensor for tensor in (input, linear_weight, linear_bias) if tensor is not None]
     grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in leaves)
     input = input.to(dtype)
-    keep = grad and _sweeps().kept(input, linear_weight.shape[0])
+    keep = grad and input.shape[0] * linear_weight.shape[0] * input.element_size() <= KEEP_BYTES
     loss, lse, target_logits, correct, _ = _losses(
         input,
         linear_weight,

@@ -10,8 +10,6 @@ it needs triton.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from .attention.config import device_of, precision
 from .cross_entropy_triton import FLAG_TILE, Options, Rows, forward, gradient
+from .linear_cross_entropy import buffers, vocabulary_chunks
 
 # --- products that leave out what a filter dropped ------------------------------------------------------------------
 
@@ -73,40 +72,6 @@ def _filtered_product(
 
 # --- launch ---------------------------------------------------------------------------------------------------------
 
-# The buffer of logits takes this much, or 1/32 of all logits where that is more: products of enough columns for cuBLAS.
-CHUNK_BYTES = 64 << 20
-# All logits of a problem up to this size are kept for the backward, which then needs no product to make them again.
-KEEP_BYTES = 256 << 20
-MAX_CHUNKS = 32
-
-
-def chunk_width(n: int, vocabulary: int, itemsize: int) -> int:
-    """Columns of a chunk: chunks of equal size, a multiple of 128 where there are several."""
-    wanted = max(CHUNK_BYTES // (max(n, 1) * itemsize), triton.cdiv(vocabulary, MAX_CHUNKS), 1)
-    if wanted >= vocabulary:
-        return vocabulary
-    width = triton.cdiv(vocabulary, triton.cdiv(vocabulary, wanted))
-    return triton.cdiv(width, 128) * 128
-
-
-def kept(input: Tensor, vocabulary: int) -> bool:
-    """Whether the forward keeps the logits for the backward."""
-    return input.shape[0] * vocabulary * input.element_size() <= KEEP_BYTES
-
-
-def buffers(input: Tensor, vocabulary: int, keep: bool) -> Tensor:
-    """(1 or number of chunks, N, columns): rows begin at multiples of 128 bytes, which vector loads and cuBLAS want."""
-    n, width = input.shape[0], chunk_width(input.shape[0], vocabulary, input.element_size())
-    row = triton.cdiv(width, 64) * 64
-    return input.new_empty(triton.cdiv(vocabulary, width) if keep else 1, n, row)
-
-
-def _chunks(n: int, vocabulary: int, itemsize: int) -> Iterator[tuple[int, int, int]]:
-    """(number, first column, columns) of each chunk."""
-    width = chunk_width(n, vocabulary, itemsize)
-    for i, first in enumerate(range(0, vocabulary, width)):
-        yield i, first, min(width, vocabulary - first)
-
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
     """out (+)= a b. Sums are float32 inside cuBLAS; a float32 `out` of 16-bit factors gets them unrounded."""
@@ -134,18 +99,26 @@ def _filtered(a: Tensor, b: Tensor, out: Tensor, flags: Tensor, flag_m: int, fla
         )  # fmt: skip
 
 
+def _logits(input: Tensor, w: Tensor, bias: Tensor | None, first: int, out: Tensor) -> None:
+    """out = input w^T + bias, rounded once."""
+    if bias is None:
+        torch.mm(input, w.t(), out=out)
+    else:
+        torch.addmm(bias[first : first + w.shape[0]].to(input.dtype), input, w.t(), out=out)
+
+
 def losses(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, x: Options, keep: bool, aux: bool
 ) -> tuple[Rows, Tensor]:
     """(per-token results, the logits of all chunks where they are to be kept, else nothing)."""
     (n, _), vocabulary = input.shape, linear_weight.shape[0]
     logits = buffers(input, vocabulary, keep)
-    chunks = list(_chunks(n, vocabulary, input.element_size()))
+    chunks = list(vocabulary_chunks(n, vocabulary, input.element_size()))
     rows = Rows.empty(target, aux, len(chunks))
     for i, first, width in chunks:
         z = logits[i if keep else 0, :, :width]
-        torch.mm(input, linear_weight[first : first + width].to(input.dtype).t(), out=z)
-        forward(z, linear_bias, target, rows, first, vocabulary, x)
+        _logits(input, linear_weight[first : first + width].to(input.dtype), linear_bias, first, z)
+        forward(z, target, rows, first, vocabulary, x, padded=True)
     return rows, logits if keep else input.new_empty(0)
 
 
@@ -166,7 +139,7 @@ def gradients(
     (n, _), vocabulary = input.shape, linear_weight.shape[0]
     d_weight = torch.empty_like(linear_weight, memory_format=torch.contiguous_format) if needs[1] else input.new_empty(0)
     d_bias = input.new_empty(vocabulary if needs[2] else 0, dtype=torch.float32)
-    chunks = list(_chunks(n, vocabulary, input.element_size()))
+    chunks = list(vocabulary_chunks(n, vocabulary, input.element_size()))
     d_input = input.new_empty(input.shape if needs[0] else 0, dtype=torch.float32 if len(chunks) > 1 else input.dtype)
     buffer = buffers(input, vocabulary, False)[0]
     flags = input.new_empty(n, triton.cdiv(buffer.shape[1], FLAG_TILE), dtype=torch.int8) if filtering else None
@@ -176,8 +149,8 @@ def gradients(
         if logits.numel() > 0:
             z = logits[i, :, :width]
         else:
-            torch.mm(input, w.t(), out=z)
-        gradient(z, dz, linear_bias, target, lse, row_grad, first, vocabulary, x, flags)
+            _logits(input, w, linear_bias, first, z)
+        gradient(z, dz, target, lse, row_grad, first, vocabulary, x, flags, padded=True)
         if needs[0]:
             if flags is None:
                 _multiply(dz, w, d_input, accumulate=i > 0)
@@ -190,7 +163,8 @@ def gradients(
                 _filtered(dz.t(), input, d_weight[first : first + width], flags.t(), FLAG_TILE, 1, accumulate=False)
         if needs[2]:
             torch.sum(dz, 0, dtype=torch.float32, out=d_bias[first : first + width])
+    del buffer, z, dz, w  # before a second d_input takes their place
     return d_input.to(input.dtype), d_weight, d_bias
 
 
-__all__ = ["buffers", "gradients", "kept", "losses"]
+__all__ = ["gradients", "losses"]
