@@ -7,12 +7,11 @@ Each op stands in one file (or folder) of its name: reference, kernel, registere
 # As top-level `kernels` the folder is found by accident, where the repository's root is on sys.path: transformers probes for
 # Hugging Face's package of that name. A second copy of the operators would take the place of the first.
 if __name__ != "kernels":
-    from ._dispatch import BACKENDS, backend, explain, ops
+    from ._dispatch import BACKENDS, backend, debug_checks, explain, ops
     from .activation import bias_gelu, geglu, gelu, swiglu
     from .attention import (
         alibi_slopes,
         attention_weights,
-        debug_checks,
         flash_attn_func,
         flash_attn_kvpacked_func,
         flash_attn_qkvpacked_func,
@@ -22,12 +21,14 @@ if __name__ != "kernels":
         scaled_dot_product_attention,
         varlen_attn,
     )
+    from .cross_entropy import CrossEntropyAux, cross_entropy
     from .linear_cross_entropy import linear_cross_entropy
     from .norm import LayerNorm, RMSNorm, layer_norm, rms_norm
     from .rotary import apply_rotary_emb, apply_rotary_emb_qk, rotary_cos_sin
 
 __all__ = [
     "BACKENDS",
+    "CrossEntropyAux",
     "LayerNorm",
     "RMSNorm",
     "alibi_slopes",
@@ -36,6 +37,7 @@ __all__ = [
     "attention_weights",
     "backend",
     "bias_gelu",
+    "cross_entropy",
     "debug_checks",
     "explain",
     "flash_attn_func",

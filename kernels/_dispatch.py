@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 NAMESPACE = "wikigpt"
 """Namespace of the registered operators (torch.ops.<NAMESPACE>)."""
 
@@ -25,6 +27,10 @@ cpu: ours for the processor (csrc/ where it is built). cuda: ours in CUDA C++. t
 
 # A plain global, one for the process, because torch.compile can guard on it (it cannot read a ContextVar).
 _forced: str | None = os.environ.get("WIKIGPT_BACKEND") or None
+
+
+# The same, of `debug_checks`.
+_debugging = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,23 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+@contextlib.contextmanager
+def debug_checks() -> Iterator[None]:
+    """Check the values of targets, cu_seqlens and seqused_k on a GPU too, where each call then waits for the device; on the
+    CPU they are always checked. Holds for the whole process inside the with block."""
+    global _debugging
+    before, _debugging = _debugging, True
+    try:
+        yield
+    finally:
+        _debugging = before
+
+
+def checks_values(device_type: str) -> bool:
+    """Whether a call looks at the values of its index tensors: on the CPU, and under `debug_checks`."""
+    return (device_type == "cpu" or _debugging) and not torch.compiler.is_compiling()
 
 
 def choose(op: str, device_type: str, name: str | None = None) -> Callable[..., Any]:

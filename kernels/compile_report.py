@@ -358,6 +358,58 @@ def _norm() -> Cases:
     }
 
 
+def _linear_cross_entropy_case(
+    dtype: torch.dtype, tokens: int, d: int, vocabulary: int, everything: bool
+) -> Callable[[], object]:
+    def launch() -> None:
+        from . import cross_entropy_triton, linear_cross_entropy_triton
+
+        vector = _meta(vocabulary) if everything else None
+        options = cross_entropy_triton.options(-100, 0.1 * everything, 30.0 * everything, 1e-4 * everything, vector)
+        target = _meta(tokens, dtype=torch.int64)
+        problem = _meta(tokens, d, dtype=dtype), _meta(vocabulary, d, dtype=dtype), vector, target, options
+        rows, logits = linear_cross_entropy_triton.losses(*problem, False, everything)
+        needs = True, True, everything
+        linear_cross_entropy_triton.gradients(rows.loss, rows.lse, logits, *problem, needs, everything)
+
+    return launch
+
+
+def _linear_cross_entropy() -> Cases:
+    """Heads of Llama 3, of GPT-2 (whose last chunk has an odd number of columns) and of a word-level model, with and without
+    everything that can be asked for: bias, class weights, smoothing, softcap, z-loss, aux, filtering."""
+    heads = {"128256": (8192, 4096, 128256), "50257": (8192, 768, 50257), "33278": (2048, 512, 33278)}
+    return {
+        f"{str(dtype)[6:]} {name} {'everything' if everything else 'plain'}": _linear_cross_entropy_case(
+            dtype, *sizes, everything
+        )
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for name, sizes in heads.items()
+        for everything in (False, True)
+    }
+
+
+def _cross_entropy_case(dtype: torch.dtype, vocabulary: int) -> Callable[[], object]:
+    def launch() -> None:
+        from . import cross_entropy_triton as kernels
+
+        z, target = _meta(4096, vocabulary, dtype=dtype), _meta(4096, dtype=torch.int64)
+        options, rows = kernels.options(-100, 0.0, 0.0, 0.0, None), kernels.Rows.empty(target, False, 1)
+        kernels.forward(z, target, rows, 0, vocabulary, options)
+        kernels.gradient(z, z, target, rows.lse, rows.loss, 0, vocabulary, options)
+
+    return launch
+
+
+def _cross_entropy() -> Cases:
+    """Logits given: rows that begin at multiples of 16 bytes, rows that do not, and short ones."""
+    return {
+        f"{str(dtype)[6:]} {vocabulary}": _cross_entropy_case(dtype, vocabulary)
+        for dtype in (torch.bfloat16, torch.float32)
+        for vocabulary in (128256, 50257, 256)
+    }
+
+
 OPS: dict[str, Callable[[], Cases]] = {
     "rotary": _rotary,
     "activation": _activation,
@@ -365,6 +417,8 @@ OPS: dict[str, Callable[[], Cases]] = {
     "attention_features": _attention_features,
     "attention_decode": _attention_decode,
     "norm": _norm,
+    "cross_entropy": _cross_entropy,
+    "linear_cross_entropy": _linear_cross_entropy,
 }
 
 

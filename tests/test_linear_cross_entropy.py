@@ -1,12 +1,17 @@
-"""linear_cross_entropy against its reference in float64, under the numeric rule of conftest."""
+"""linear_cross_entropy against its reference in float64, under the numeric rule of conftest: C++, PyTorch's operators in
+chunks, and Triton, interpreted, in chunks of the vocabulary."""
 
 import itertools
 import math
+import os
 from importlib import import_module
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from wikigpt.kernels import _dispatch
 from wikigpt.kernels import linear_cross_entropy as lce
 from wikigpt.kernels.linear_cross_entropy import linear_cross_entropy_reference
 
@@ -14,24 +19,44 @@ from tests.conftest import assert_as_accurate_as
 from wikigpt import kernels
 
 module = import_module("wikigpt.kernels.linear_cross_entropy")
+rows = pytest.importorskip("wikigpt.kernels.cross_entropy_triton", reason="triton is for Linux alone")
+sweeps = pytest.importorskip("wikigpt.kernels.linear_cross_entropy_triton", reason="triton is for Linux alone")
+# The interpreter computes with the columns between a row's end and the next row's beginning, whatever is in them.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 needs_extension = pytest.mark.skipif(
     import_module("wikigpt.kernels._dispatch").extension()[0] is None,
     reason="csrc/ is not built (no C++ compiler)",
 )
 
 # Rows: below, at and above one register tile and one chunk (256); features and vocabulary: not multiples of anything.
-SHAPES = [(1, 1, 1), (5, 7, 11), (33, 20, 515), (256, 64, 96), (300, 40, 1000), (257, 130, 97)]
+SHAPES = [(1, 1, 1), (5, 7, 11), (33, 20, 515), (130, 64, 96)]
+CPU_SHAPES = [(256, 64, 96), (300, 40, 1000), (257, 130, 97)]
 
 
-@pytest.fixture(params=["csrc", "chunked"])
+@pytest.fixture(params=["csrc", "chunked", "triton"])
 def implementation(request, monkeypatch):
-    """Both implementations for the CPU: C++, and the one in PyTorch's operators for machines without a compiler."""
+    """Both implementations for the CPU, C++ and the one in PyTorch's operators for machines without a compiler, and Triton."""
+    if request.param == "triton":
+        request.getfixturevalue("small_chunks")
+        with kernels.backend("triton"):
+            yield request.param
+        return
     built = module.extension()[0] is not None
     if request.param == "chunked":
         monkeypatch.setattr(module, "extension", lambda: (None, "switched off by the test"))
     elif not built:
         pytest.skip("csrc/ is not built (no C++ compiler)")
-    return request.param
+    yield request.param
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Three chunks of a vocabulary from 300 up, and logits made again in the backward."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("a GPU is here: the tests marked gpu run on it")
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(module, "MAX_CHUNKS", 3)
+    monkeypatch.setattr(module, "KEEP_BYTES", 0)
 
 
 def problem(n, d, v, *, bias=True, ignore=True, dtype=torch.float32, seed=0):
@@ -51,6 +76,14 @@ def gradients(function, x, w, b, y, upstream, dtype, **options):
     loss = function(leaves[0], leaves[1], y, linear_bias=leaves[2], **options)
     loss.backward(upstream.to(loss.dtype))
     return [loss.detach(), *(t.grad for t in leaves if t is not None)]
+
+
+@pytest.mark.parametrize("implementation", ["csrc", "chunked"], indirect=True)
+@pytest.mark.parametrize("shape", CPU_SHAPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_chunks_of_tokens_are_as_accurate_as_plain_pytorch(implementation, shape, bias, reduction):
+    test_loss_and_gradients_are_as_accurate_as_plain_pytorch(implementation, shape, bias, reduction)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -123,7 +156,7 @@ def test_nan_and_inf_in_the_input_reach_the_loss(implementation, bad):
 
 
 def test_two_calls_give_the_same_bits(implementation):
-    x, w, b, y = problem(300, 40, 1000)
+    x, w, b, y = problem(*((33, 20, 515) if implementation == "triton" else (300, 40, 1000)))
     first = gradients(lce, x, w, b, y, torch.tensor(1.0), torch.float32)
     second = gradients(lce, x, w, b, y, torch.tensor(1.0), torch.float32)
     assert all(torch.equal(a, c) for a, c in zip(first, second))
@@ -188,7 +221,7 @@ def test_opcheck():
     x, w, b, y = problem(12, 6, 9)
     leaves = [t.requires_grad_() for t in (x, w, b)]
     for reduction in ("mean", "none"):
-        arguments = (*leaves, y, None, reduction, -100, 0.1, 0.0, 0.0, True, True, True)
+        arguments = (*leaves, y, None, reduction, -100, 0.1, 0.0, 0.0, True, True, True, False)
         torch.library.opcheck(torch.ops.wikigpt.linear_cross_entropy.default, arguments)
 
 
@@ -209,6 +242,313 @@ def test_activation_checkpointing_gives_the_same_gradient():
     lce(a * 2, w, y).backward()
     torch.utils.checkpoint.checkpoint(lambda t: lce(t * 2, w, y), b, use_reentrant=False).backward()
     assert torch.equal(a.grad, b.grad)
+
+
+# --- class weights, auxiliary outputs, ignored targets: every implementation ----------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("label_smoothing", "z_loss"), [(0.0, 0.0), (0.2, 0.0), (0.2, 1e-2)])
+def test_class_weights_are_as_accurate_as_plain_pytorch(implementation, reduction, label_smoothing, z_loss):
+    x, w, b, y = problem(20, 12, 301)
+    options = {"weight": torch.rand(301) + 0.1, "reduction": reduction, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    upstream = torch.randn(y.shape) if reduction == "none" else torch.tensor(-0.7)
+    ours = gradients(lce, x, w, b, y, upstream, torch.float32, **options)
+    plain = gradients(linear_cross_entropy_reference, x, w, b, y, upstream, torch.float32, **options)
+    truth = gradients(linear_cross_entropy_reference, x, w, b, y, upstream, torch.float64, **options)
+    for o, p, t in zip(ours, plain, truth):
+        assert_as_accurate_as(o, p, t)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 4.0])
+def test_target_logits_lse_and_hits_are_those_of_the_logits(implementation, softcap):
+    x, w, b, y = problem(36, 12, 301)
+    y[1] = (x @ w.t() + b).argmax(-1)[1]
+    y = y.view(4, 9)
+    loss, aux = lce(x.view(4, 9, 12).requires_grad_(), w, y, linear_bias=b, softcap=softcap, return_aux=True)
+    _, truth = linear_cross_entropy_reference(x, w, y.flatten(), b, softcap=softcap, return_aux=True)
+    for ours, true in zip(aux, truth):
+        assert ours.shape == y.shape
+        assert not ours.requires_grad
+        torch.testing.assert_close(ours.flatten(), true)
+    assert aux.correct.dtype == torch.bool
+    assert aux.correct[0, 1]
+    assert loss.requires_grad
+    torch.testing.assert_close(loss, lce(x, w, y.flatten(), linear_bias=b, softcap=softcap))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_with_every_target_ignored_gradients_are_those_of_pytorch(implementation, reduction):
+    x, w, b, y = problem(4, 8, 20)
+    y.fill_(-100)
+    upstream = torch.ones(4) if reduction == "none" else torch.tensor(1.0)
+    ours = gradients(lce, x, w, b, y, upstream, torch.float32, reduction=reduction)
+
+    def pytorch(x, w, y, linear_bias, reduction):
+        return F.cross_entropy(F.linear(x, w, linear_bias), y, reduction=reduction)
+
+    theirs = gradients(pytorch, x, w, b, y, upstream, torch.float32, reduction=reduction)
+    for o, t in zip(ours, theirs):
+        torch.testing.assert_close(o, t, equal_nan=True)
+
+
+def test_another_ignore_index_may_lie_inside_the_vocabulary(implementation):
+    x, w, b, y = problem(20, 8, 30, ignore=False)
+    y[::4] = 7
+    ours = gradients(lce, x, w, b, y, torch.tensor(1.0), torch.float32, ignore_index=7)
+    plain = gradients(linear_cross_entropy_reference, x, w, b, y, torch.tensor(1.0), torch.float32, ignore_index=7)
+    for o, p in zip(ours, plain):
+        torch.testing.assert_close(o, p)
+
+
+def test_upstream_gradients_may_be_anything(implementation):
+    """The upstream gradient of reduction="none" that other packages forget, scale twice or take for constant."""
+    x, w, b, y = problem(24, 8, 40)
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, w, b)]
+    for make in (
+        lambda loss: (loss * torch.linspace(-3, 3, 24)).sum(),  # signs, and one exact zero nearby
+        lambda loss: loss.sum() * 5,  # expanded from a scalar: stride 0
+        lambda loss: (loss.view(4, 6).t() * torch.arange(24.0).view(6, 4)).sum(),  # not contiguous
+        lambda loss: loss[3:20:2].square().sum(),  # depends on the loss; zero elsewhere
+    ):
+        ours = torch.autograd.grad(make(lce(leaves[0], leaves[1], y, linear_bias=leaves[2], reduction="none")), leaves)
+        plain = torch.autograd.grad(make(linear_cross_entropy_reference(*leaves[:2], y, leaves[2], reduction="none")), leaves)
+        for o, p in zip(ours, plain):
+            torch.testing.assert_close(o, p, rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_tied_to_the_embedding_gets_both_gradients(implementation):
+    _, w, _, y = problem(12, 6, 40, bias=False)
+    ids = torch.randint(40, (12,))
+
+    def grad(function):
+        table = w.clone().requires_grad_()
+        function(F.embedding(ids, table), table, y).backward()
+        return table.grad
+
+    torch.testing.assert_close(grad(lce), grad(linear_cross_entropy_reference))
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "triton"], indirect=True)
+def test_a_part_of_the_vocabulary_may_be_closed_by_a_bias_of_minus_infinity(implementation):
+    x, w, b, y = problem(9, 6, 400, ignore=False)
+    closed = torch.arange(400) < 140  # the first chunk of three, and more
+    b[closed] = -math.inf
+    y = y.clamp(140)
+    ours = gradients(lce, x, w, b, y, torch.tensor(1.0), torch.float32)
+    plain = gradients(linear_cross_entropy_reference, x, w, b, y, torch.tensor(1.0), torch.float32)
+    for o, p in zip(ours, plain):
+        torch.testing.assert_close(o, p)
+    assert (ours[2][closed] == 0).all()
+
+
+# --- Triton ---------------------------------------------------------------------------------------------------------
+
+
+def triton_lce(*args, **kwargs):
+    return kernels.linear_cross_entropy(*args, backend="triton", **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_16_bit_inputs_are_as_accurate_as_plain_pytorch(small_chunks, monkeypatch, dtype, reduction, chunks):
+    monkeypatch.setattr(module, "MAX_CHUNKS", chunks)
+    x, w, b, y = (tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in problem(40, 48, 300))
+    upstream = torch.randn(y.shape) if reduction == "none" else torch.tensor(64.0)
+    options = {"reduction": reduction, "label_smoothing": 0.1}
+    ours = gradients(triton_lce, x, w, b, y, upstream, dtype, **options)
+    plain = gradients(linear_cross_entropy_reference, x, w, b, y, upstream, dtype, **options)
+    truth = gradients(linear_cross_entropy_reference, x, w, b, y, upstream, torch.float64, **options)
+    assert ours[0].dtype == torch.float32
+    for o, p, t in zip(ours, plain, truth):
+        assert_as_accurate_as(o, p, t)
+    assert all(o.dtype == dtype for o in ours[1:])
+
+
+@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_products_are_bf16_and_gradients_have_the_dtypes_of_their_tensors(small_chunks, input_dtype):
+    x, w, b, y = problem(40, 24, 300, dtype=input_dtype)
+
+    def run(function, dtype=None):
+        leaves = [tensor.to(dtype or tensor.dtype).detach().requires_grad_() for tensor in (x, w, b)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is None):
+            loss = function(leaves[0], leaves[1], y, linear_bias=leaves[2])
+        loss.backward()
+        return [loss.detach(), *(leaf.grad for leaf in leaves)]
+
+    ours, plain = run(triton_lce), run(linear_cross_entropy_reference)
+    truth = run(linear_cross_entropy_reference, torch.float64)
+    assert [o.dtype for o in ours] == [torch.float32, input_dtype, torch.float32, torch.float32]
+    for o, p, t in zip(ours, plain, truth):
+        assert_as_accurate_as(o, p, t)
+
+
+def test_the_weight_gradient_is_summed_in_float32(small_chunks):
+    """One step of bf16 is 1/128: a sum of 2,048 equal numbers in bf16 would stop growing at 256 of them."""
+    n, d, v = 2048, 1, 2
+    x, w = torch.ones(n, d, dtype=torch.bfloat16), torch.zeros(v, d, dtype=torch.bfloat16, requires_grad=True)
+    triton_lce(x, w, torch.zeros(n, dtype=torch.int64), reduction="sum").backward()
+    assert w.grad.tolist() == [[-1024.0], [1024.0]]
+
+
+def test_kept_logits_and_logits_made_again_give_the_same_bits(small_chunks, monkeypatch):
+    x, w, b, y = problem(40, 24, 300)
+    again = gradients(triton_lce, x, w, b, y, torch.tensor(1.0), torch.float32)
+    monkeypatch.setattr(module, "KEEP_BYTES", 1 << 30)
+    kept = gradients(triton_lce, x, w, b, y, torch.tensor(1.0), torch.float32)
+    assert all(torch.equal(a, k) for a, k in zip(again, kept))
+
+
+@pytest.mark.parametrize("n", [1, 100, 8192, 10**6])
+@pytest.mark.parametrize("v", [1, 127, 33278, 50257, 128256])
+def test_chunks_cover_the_vocabulary_and_there_are_at_most_32(n, v):
+    chunks = list(module.vocabulary_chunks(n, v, 2))
+    assert [first for _, first, _ in chunks] == [0, *itertools.accumulate(width for _, _, width in chunks)][:-1]
+    assert sum(width for _, _, width in chunks) == v
+    assert len(chunks) <= 32
+    assert all(width % 128 == 0 for _, _, width in chunks[:-1])
+
+
+def test_targets_out_of_range_raise_where_values_are_checked(small_chunks):
+    x, w, _, y = problem(6, 8, 20, bias=False, ignore=False)
+    y[2] = 20
+    with pytest.raises(IndexError, match=r"target: token 2 is 20.*allowed: 0 to 19"):
+        triton_lce(x, w, y)
+    assert not _dispatch.checks_values("cuda")
+    with kernels.debug_checks():
+        assert _dispatch.checks_values("cuda")
+
+
+@pytest.mark.parametrize("outside", [20, -1, 2**40])
+def test_targets_out_of_range_give_nan_where_values_are_not_checked(small_chunks, monkeypatch, outside):
+    monkeypatch.setattr(module, "checks_values", lambda device_type: False)
+    x, w, _, y = problem(6, 8, 20, bias=False, ignore=False)
+    y[2] = outside
+    leaf = x.clone().requires_grad_()
+    weight = torch.ones(20)
+    loss = triton_lce(leaf, w, y, weight=weight, reduction="none")
+    loss.sum().backward()
+    other = torch.arange(6) != 2
+    assert torch.isnan(loss[2])
+    assert torch.isnan(leaf.grad[2]).all()
+    assert torch.isfinite(loss[other]).all()
+    assert torch.isfinite(leaf.grad[other]).all()
+    assert torch.isnan(triton_lce(x, w, y))
+
+
+def test_float64_is_computed_in_float64(small_chunks):
+    x, w, b, y = problem(6, 8, 20)
+    ours = gradients(triton_lce, x, w, b, y, torch.tensor(1.0), torch.float64)
+    truth = gradients(linear_cross_entropy_reference, x, w, b, y, torch.tensor(1.0), torch.float64)
+    assert all(torch.equal(o, t) for o, t in zip(ours, truth))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_filter_leaves_out_what_is_below_the_resolution(small_chunks, dtype):
+    """Words 128 to 255 have probabilities around e^-40, and none is a target."""
+    x, w, b, y = problem(70, 24, 300, ignore=True)
+    b[128:256] -= 40
+    y = torch.where((y >= 128) & (y < 256), 5, y)
+    x, w, b = (tensor.to(dtype) for tensor in (x, w / 5, b))
+    one = torch.tensor(1.0)
+    exact = gradients(triton_lce, x, w, b, y, one, dtype)
+    filtered = gradients(triton_lce, x, w, b, y, one, dtype, filter_gradients=True)
+    assert torch.equal(exact[0], filtered[0])
+    assert (filtered[2][128:256] == 0).all()
+    assert (exact[2][128:256] != 0).any()
+    for e, f in zip(exact[1:], filtered[1:]):
+        torch.testing.assert_close(f, e, rtol=2 * torch.finfo(dtype).eps, atol=rows.resolution(dtype))
+
+
+def test_a_filter_does_not_hide_nan(small_chunks):
+    x, w, _, y = problem(6, 8, 20, bias=False, ignore=False)
+    x[2, 0] = math.nan
+    leaf = x.clone().requires_grad_()
+    triton_lce(leaf, w, y, filter_gradients=True).backward()
+    assert torch.isnan(leaf.grad[2]).all()
+
+
+def test_the_triton_operators_pass_opcheck(small_chunks):
+    x, w, b, y = problem(5, 6, 9)
+    leaves = [tensor.requires_grad_() for tensor in (x, w, b)]
+    weight = torch.rand(9)
+    for keep in (False, True):
+        torch.library.opcheck(
+            torch.ops.wikigpt.linear_cross_entropy_forward.default,
+            (*leaves, weight, y, -100, 0.1, 3.0, 0.01, True, keep, False),
+            test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+        )
+    plain = [leaf.detach() for leaf in leaves]
+    torch.library.opcheck(
+        torch.ops.wikigpt.linear_cross_entropy_backward.default,
+        (torch.rand(5), torch.rand(5), torch.empty(0), *plain, weight, y, -100, 0.1, 3.0, 0.01, False, True, False, True),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"return_aux": True, "reduction": "none"}])
+def test_triton_compiles_without_a_graph_break(small_chunks, options):
+    x, w, b, y = problem(8, 6, 9)
+
+    def step(x, w, b):
+        out = triton_lce(x * 2, w, y, linear_bias=b, **options)
+        return (out[0] * out[1].lse).sum() if options else out * 3
+
+    leaves = [tensor.requires_grad_() for tensor in (x, w, b)]
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    ours, eager = torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(step(*leaves), leaves)
+    for o, e in zip(ours, eager):
+        torch.testing.assert_close(o, e)
+
+
+def test_triton_has_no_second_derivative_and_says_so(small_chunks):
+    x, w, _, y = problem(4, 6, 9, bias=False)
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(triton_lce(x, w, y), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="linear_cross_entropy has no second derivative"):
+        grad.sum().backward()
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that were alive at once among the tensors made inside, besides those given."""
+
+    def __init__(self, *given):
+        super().__init__()
+        self.given = {tensor.untyped_storage()._cdata for tensor in given}
+        self.storages, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.given:
+                    self.storages.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.storages = {key: entry for key, entry in self.storages.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
+        return result
+
+
+@pytest.mark.parametrize(("n", "d", "v"), [(8192, 4096, 128256), (8192, 2048, 128256), (65536, 4096, 128256)])
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+def test_what_is_held_besides_the_gradients_is_less_than_a_twentieth_of_the_logits(monkeypatch, n, d, v, weight_dtype):
+    """Logits in float32, as plain PyTorch has them under autocast. On meta tensors, with kernels that do nothing, what is
+    allocated is the same. They have no values to wait for: nothing is read back from the device, either."""
+    launch = type("Launch", (), {"__getitem__": lambda self, grid: lambda *args, **kwargs: None})()
+    monkeypatch.setattr(rows, "_forward", launch)
+    monkeypatch.setattr(rows, "_gradient", launch)
+    x = torch.empty(n, d, dtype=torch.bfloat16, device="meta")
+    w, b = (torch.empty(*shape, dtype=weight_dtype, device="meta") for shape in ((v, d), (v,)))
+    y = torch.empty(n, dtype=torch.int64, device="meta")
+    options = rows.options(-100, 0.1, 30.0, 1e-4, None)
+    with LiveBytes(x, w, b, y) as live:
+        made, logits = sweeps.losses(x, w, b, y, options, False, True)
+        grads = sweeps.gradients(made.loss, made.lse, logits, x, w, b, y, options, (True, True, True), False)
+    extra = live.peak - sum(grad.numel() * grad.element_size() for grad in grads)
+    assert extra < 0.05 * 4 * n * v
+    if d <= 2048 and weight_dtype == torch.bfloat16:
+        assert extra < 0.05 * 2 * n * v
 
 
 @needs_extension
@@ -237,6 +577,9 @@ def test_memory_stays_far_below_that_of_the_logits():
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing: got 1.5"),
         ({"z_loss": -1.0}, ValueError, r"z_loss: got -1.0"),
         ({"softcap": math.nan}, ValueError, r"softcap: got nan"),
+        ({"linear_weight": torch.empty(0, 8)}, ValueError, r"linear_weight: got shape \(0, 8\)"),
+        ({"weight": torch.ones(8)}, ValueError, r"weight: got shape \(8,\)"),
+        ({"linear_bias": torch.ones(20, device="meta")}, ValueError, r"linear_bias: got device meta, input is on cpu"),
     ],
 )
 def test_bad_arguments_are_named(implementation, change, error, message):

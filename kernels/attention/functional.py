@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._dispatch import Implementation, choose, register
+from .._dispatch import Implementation, checks_values, choose, debug_checks, register
 from .op import attention, seed_for
 from .reference import Inputs
 
 # --- checks ---------------------------------------------------------------------------------------------------------
-
-_debug = False
-
-
-@contextlib.contextmanager
-def debug_checks() -> Iterator[None]:
-    """Check the values of cu_seqlens and seqused_k on a GPU too, where each call then waits for the device; on the CPU they
-    are always checked. Holds for the whole process inside the with block."""
-    global _debug
-    before, _debug = _debug, True
-    try:
-        yield
-    finally:
-        _debug = before
 
 
 def check(x: Inputs) -> Inputs:
@@ -116,7 +100,7 @@ def _check_lengths(x: Inputs) -> None:
             raise ValueError(f"{name}: got device {tensor.device}, q is on {x.q.device}")
     if x.cu_seqlens_q is not None and (x.max_seqlen_q < 0 or x.max_seqlen_k < 0):
         raise ValueError(f"max_seqlen: got {x.max_seqlen_q} and {x.max_seqlen_k}, must be 0 or more")
-    if (x.q.device.type == "cpu" or _debug) and not torch.compiler.is_compiling():
+    if checks_values(x.q.device.type):
         check_values(x)
 
 

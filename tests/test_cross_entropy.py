@@ -1,0 +1,321 @@
+"""cross_entropy of given logits: the Triton kernels, interpreted, and PyTorch's own, against the reference in float64."""
+
+import itertools
+import math
+import os
+from importlib import import_module
+
+import pytest
+import torch
+import torch.nn.functional as F
+from wikigpt.kernels import cross_entropy
+from wikigpt.kernels.cross_entropy import cross_entropy_reference
+
+from tests.conftest import assert_as_accurate_as
+from wikigpt import kernels
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+module = import_module("wikigpt.kernels.cross_entropy")
+
+# One number, rows shorter than a block, rows of several blocks that end inside one; rows that do not fill a program's block.
+SHAPES = [(1, 1), (5, 11), (70, 300), (33, 515)]
+
+
+@pytest.fixture
+def triton():
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("a GPU is here: the tests marked gpu run on it")
+    pytest.importorskip("triton", reason="triton is for Linux alone")
+    with kernels.backend("triton"):
+        yield
+
+
+@pytest.fixture(params=["triton", "torch"])
+def implementation(request):
+    if request.param == "triton":
+        request.getfixturevalue("triton")
+    return request.param
+
+
+def problem(n, v, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed + 1000 * n + v)
+    z = (3 * torch.randn(n, v, generator=generator)).to(dtype)
+    y = torch.randint(v, (n,), generator=generator)
+    if n > 1:
+        y[::3] = -100
+    return z, y
+
+
+def gradient(function, z, y, upstream, dtype, weight=None, **options):
+    leaf = z.detach().to(dtype).requires_grad_()
+    loss = function(leaf, y, None if weight is None else weight.to(dtype), **options)
+    loss.backward(upstream.to(loss.dtype))
+    return [loss.detach(), leaf.grad]
+
+
+def check(z, y, **options):
+    generator = torch.Generator().manual_seed(7)
+    upstream = torch.randn(y.shape if options.get("reduction") == "none" else (), generator=generator)
+    ours = gradient(cross_entropy, z, y, upstream, z.dtype, **options)
+    plain = gradient(cross_entropy_reference, z, y, upstream, z.dtype, **options)
+    truth = gradient(cross_entropy_reference, z, y, upstream, torch.float64, **options)
+    assert ours[0].dtype == torch.float32
+    assert ours[1].dtype == z.dtype
+    for o, p, t in zip(ours, plain, truth):
+        assert_as_accurate_as(o, p, t)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_loss_and_gradient_are_as_accurate_as_plain_pytorch(implementation, shape, dtype, reduction):
+    check(*problem(*shape, dtype), reduction=reduction)
+
+
+@pytest.mark.parametrize(
+    ("label_smoothing", "softcap", "z_loss", "weighted"),
+    [c for c in itertools.product((0.0, 0.1), (0.0, 5.0), (0.0, 1e-2), (False, True)) if any(c)],
+)
+def test_options_are_as_accurate_as_plain_pytorch(triton, label_smoothing, softcap, z_loss, weighted):
+    options = {"label_smoothing": label_smoothing, "softcap": softcap, "z_loss": z_loss}
+    weight = torch.rand(301, generator=torch.Generator().manual_seed(3)) + 0.1 if weighted else None
+    for reduction in ("mean", "none"):
+        check(*problem(20, 301), reduction=reduction, weight=weight, **options)
+
+
+def test_without_the_additions_it_is_pytorchs_cross_entropy(implementation):
+    z, y = problem(20, 50)
+    weight = torch.rand(50)
+    ours = cross_entropy(z.view(4, 5, 50), y.view(4, 5), weight, reduction="none", label_smoothing=0.2)
+    torch.testing.assert_close(ours.flatten(), F.cross_entropy(z, y, weight, reduction="none", label_smoothing=0.2))
+
+
+def test_the_gradient_can_take_the_place_of_the_logits(triton):
+    z, y = problem(20, 301)
+    separate = gradient(cross_entropy, z, y, torch.tensor(2.0), torch.float32)
+    leaf = z.clone().requires_grad_()
+    logits = leaf * 1
+    loss = cross_entropy(logits, y, inplace_backward=True)
+    seen = []
+    logits.register_hook(lambda grad: seen.append(grad.data_ptr()))
+    (2 * loss).backward()
+    assert seen == [logits.data_ptr()]
+    assert torch.equal(leaf.grad, separate[1])
+    assert torch.equal(logits.detach(), separate[1])
+
+
+def test_a_second_backward_over_logits_that_are_gone_is_refused(triton):
+    z, y = problem(20, 301)
+    loss = cross_entropy(z.requires_grad_() * 1, y, inplace_backward=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_second_backward_over_logits_that_are_kept_gives_the_same(triton):
+    z, y = problem(20, 301)
+    z.requires_grad_()
+    loss = cross_entropy(z, y)
+    loss.backward(retain_graph=True)
+    first = z.grad.clone()
+    loss.backward()
+    assert torch.equal(z.grad, 2 * first)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_strides_do_not_matter(triton, inplace):
+    z, y = problem(20, 301)
+    flat = gradient(cross_entropy, z, y, torch.tensor(1.0), torch.float32)
+    layouts = {
+        "a slice of a padded vocabulary": torch.randn(20, 320)[:, :301],
+        "transposed": torch.randn(301, 20).t(),
+        "every other": torch.randn(20, 602)[:, ::2],
+    }
+    for layout in layouts.values():
+        hidden = layout.copy_(z)
+        leaf = hidden.detach().requires_grad_()
+        loss = cross_entropy(leaf * 1 if inplace else leaf, y, inplace_backward=inplace)
+        (grad,) = torch.autograd.grad(loss, leaf)
+        torch.testing.assert_close(loss.detach(), flat[0])
+        torch.testing.assert_close(grad, flat[1])
+
+
+def test_what_lies_beside_a_slice_is_not_touched(triton):
+    whole = torch.randn(8, 64)
+    before = whole.clone()
+    logits = whole[:, :37].requires_grad_()
+    cross_entropy(logits, torch.randint(37, (8,)), inplace_backward=True).backward()
+    assert torch.equal(whole[:, 37:], before[:, 37:])
+    assert torch.equal(logits.grad, whole[:, :37])
+
+
+def test_target_logit_lse_and_hits_are_those_of_the_logits(implementation):
+    z, y = problem(20, 301)
+    y[1] = z[1].argmax()
+    z[2, 5] = z[2, 200] = 50.0  # of equal logits the first is the prediction
+    y[2] = 200
+    y[4] = z[4].argmax()
+    loss, aux = cross_entropy(z.view(4, 5, 301), y.view(4, 5), return_aux=True)
+    _, truth = cross_entropy_reference(z, y, return_aux=True)
+    for ours, true in zip(aux, truth):
+        assert ours.shape == (4, 5)
+        torch.testing.assert_close(ours.flatten(), true)
+    assert aux.correct[0].tolist() == [False, True, False, False, True]
+    torch.testing.assert_close(loss, F.cross_entropy(z, y))
+
+
+def test_ignored_rows_are_not_read(triton):
+    z, y = problem(6, 40)
+    z[0] = math.nan
+    loss, grad = gradient(cross_entropy, z, y, torch.tensor(1.0), torch.float32)
+    assert y[0] == -100
+    assert torch.isfinite(loss)
+    assert (grad[0] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_and_inf_reach_the_loss(implementation, bad):
+    z, y = problem(6, 40)
+    z[1, 3] = bad
+    assert torch.isnan(cross_entropy(z, y))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_with_every_target_ignored_it_is_as_pytorch(implementation, reduction):
+    z, y = problem(6, 40)
+    y.fill_(-100)
+    upstream = torch.ones(6) if reduction == "none" else torch.tensor(1.0)
+    ours = gradient(cross_entropy, z, y, upstream, torch.float32, reduction=reduction)
+    theirs = gradient(F.cross_entropy, z, y, upstream, torch.float32, reduction=reduction)
+    for o, t in zip(ours, theirs):
+        torch.testing.assert_close(o, t, equal_nan=True)
+
+
+def test_no_token_at_all(implementation):
+    z = torch.randn(0, 20, requires_grad=True)
+    loss = cross_entropy(z, torch.empty(0, dtype=torch.int64), reduction="sum")
+    loss.backward()
+    assert loss == 0
+    assert z.grad.shape == (0, 20)
+
+
+@pytest.mark.parametrize("outside", [40, -1, 2**40])
+def test_a_target_out_of_range_raises_or_gives_nan_but_reads_nothing(triton, monkeypatch, outside):
+    z, y = problem(6, 40)
+    y[1] = outside
+    with pytest.raises(IndexError, match=rf"target: token 1 is {outside}.*allowed: 0 to 39"):
+        cross_entropy(z, y)
+    monkeypatch.setattr(module, "checks_values", lambda device_type: False)
+    loss, grad = gradient(cross_entropy, z, y, torch.ones(6), torch.float32, weight=torch.ones(40), reduction="none")
+    assert torch.isnan(loss).tolist() == [False, True, False, False, False, False]
+    assert torch.isnan(grad[1]).all()
+    assert torch.isfinite(grad[2:]).all()
+
+
+def test_two_calls_give_the_same_bits(triton):
+    z, y = problem(33, 515, torch.bfloat16)
+    first, second = (gradient(cross_entropy, z, y, torch.tensor(1.0), torch.bfloat16) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_float64_is_computed_in_float64(triton):
+    z, y = problem(6, 40)
+    loss = cross_entropy(z.double(), y)
+    assert loss.dtype == torch.float64
+    assert torch.equal(loss, cross_entropy_reference(z.double(), y))
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_autocast_changes_nothing(triton, enabled):
+    z, y = problem(6, 40)
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        assert torch.equal(cross_entropy(z, y), cross_entropy(z, y))
+    check(z, y)
+
+
+def test_opcheck(triton):
+    z, y = problem(5, 9)
+    options = (torch.rand(9), -100, 0.1, 3.0, 0.01)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    arguments = (z.clone().requires_grad_(), y, *options, True, False)
+    torch.library.opcheck(torch.ops.wikigpt.cross_entropy.default, arguments, test_utils=tests)
+    arguments = (torch.rand(5), torch.rand(5), z, y, *options)
+    for op in (torch.ops.wikigpt.cross_entropy_backward, torch.ops.wikigpt.cross_entropy_backward_):
+        torch.library.opcheck(op.default, arguments, test_utils=tests[:2])
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_compiles_without_a_graph_break(triton, inplace):
+    z, y = problem(8, 40)
+
+    def step(leaf):
+        return cross_entropy(leaf * 2, y, inplace_backward=inplace) * 3
+
+    leaf = z.requires_grad_()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    (ours,), (eager,) = torch.autograd.grad(compiled(leaf), leaf), torch.autograd.grad(step(leaf), leaf)
+    torch.testing.assert_close(ours, eager)
+
+
+def test_activation_checkpointing_gives_the_same_gradient(triton):
+    z, y = problem(8, 40)
+    a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
+    cross_entropy(a * 2, y).backward()
+    torch.utils.checkpoint.checkpoint(lambda t: cross_entropy(t * 2, y), b, use_reentrant=False).backward()
+    assert torch.equal(a.grad, b.grad)
+
+
+def test_there_is_no_second_derivative_and_it_says_so(triton):
+    z, y = problem(4, 9)
+    z.requires_grad_()
+    (grad,) = torch.autograd.grad(cross_entropy(z, y), z, create_graph=True)
+    with pytest.raises(NotImplementedError, match="cross_entropy has no second derivative"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"logits": torch.ones(2, 20, dtype=torch.int64)}, TypeError, r"logits: got dtype torch.int64"),
+        ({"logits": torch.ones(2, 0)}, ValueError, r"logits: got shape \(2, 0\)"),
+        ({"target": torch.tensor([0.0, 1.0])}, TypeError, r"target: got dtype torch.float32"),
+        ({"target": torch.tensor([0])}, ValueError, r"target: got shape \(1,\)"),
+        ({"target": torch.tensor([0, 20])}, IndexError, r"target: token 1 is 20"),
+        ({"weight": torch.ones(8)}, ValueError, r"weight: got shape \(8,\)"),
+        ({"weight": torch.ones(20, device="meta")}, ValueError, r"weight: got device meta, logits is on cpu"),
+        ({"reduction": "avg"}, ValueError, r"reduction: got 'avg'"),
+        ({"label_smoothing": -0.5}, ValueError, r"label_smoothing: got -0.5"),
+        ({"z_loss": -1.0}, ValueError, r"z_loss: got -1.0"),
+        ({"softcap": math.nan}, ValueError, r"softcap: got nan"),
+    ],
+)
+def test_bad_arguments_are_named(implementation, change, error, message):
+    arguments = {"logits": torch.randn(2, 20), "target": torch.tensor([0, 1]), **change}
+    with pytest.raises(error, match=message):
+        cross_entropy(arguments.pop("logits"), arguments.pop("target"), **arguments)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("v", [256, 33278, 50257, 128256])
+def test_real_sizes_are_as_accurate_as_plain_pytorch(dtype, v):
+    z, y = problem(1000, v, dtype)
+    check(z.cuda(), y.cuda(), label_smoothing=0.1)
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_logits():
+    n, v = 16900, 128256
+    z = torch.randn(n, v, device="cuda", dtype=torch.bfloat16)
+    y = torch.randint(v, (n,), device="cuda")
+    last = z[-8:].clone().requires_grad_()
+    expected = cross_entropy_reference(last, y[-8:], reduction="none")
+    (grad,) = torch.autograd.grad(expected.sum(), last)
+    leaf = z.requires_grad_()
+    loss = cross_entropy(leaf, y, reduction="none", inplace_backward=True)
+    loss.sum().backward()
+    torch.testing.assert_close(loss[-8:], expected.detach(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(leaf.grad[-8:], grad, rtol=2e-2, atol=1e-5)
