@@ -320,7 +320,7 @@ def test_the_model_is_in_training_mode_again_after_a_failure():
     with pytest.raises(KeyboardInterrupt):
         generate(model, [[1]], 3, stream=fail)
     assert model.training
-    assert model.blocks[0].mlp.dropout.training
+    assert model.blocks[0].mlp.training
 
 
 def test_generation_runs_in_inference_mode(model):

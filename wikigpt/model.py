@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import wikigpt.kernels as kernels
@@ -71,12 +72,6 @@ class GPTConfig:
         return dataclasses.asdict(self)
 
 
-def backend_for(op: str, config: GPTConfig) -> str:
-    """The config's backend, or "auto" for an op that has no Triton kernel yet."""
-    without = config.backend == "triton" and "triton" not in (name for name, _ in kernels.explain(op, "cuda"))
-    return "auto" if without else config.backend
-
-
 class KVCache:
     """Keys and values of the positions seen so far, allocated once for the whole context."""
 
@@ -109,7 +104,6 @@ class Attention(nn.Module):
         self.split = [config.n_head, config.n_kv_head, config.n_kv_head]
         self.qkv = nn.Linear(config.n_embd, sum(self.split) * config.head_dim, bias=config.bias)
         self.proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
-        self.dropout = make_dropout(config)
         slopes = kernels.alibi_slopes(config.n_head) if config.position == "alibi" else None
         self.register_buffer("slopes", slopes, persistent=False)
 
@@ -118,11 +112,10 @@ class Attention(nn.Module):
         b, s, _ = x.shape
         # One view with all heads side by side: query heads, then key heads, then value heads.
         qkv = self.qkv(x).view(b, s, -1, self.config.head_dim).transpose(1, 2)  # (B, H + 2 G, S, D)
-        q, k, v = qkv.split(self.split, dim=1)
+        turning, v = qkv.split([self.split[0] + self.split[1], self.split[2]], dim=1)
         if rotary is not None:
-            backend = backend_for("rotary", self.config)
-            q = kernels.apply_rotary_emb(q, *rotary, backend=backend)
-            k = kernels.apply_rotary_emb(k, *rotary, backend=backend)
+            turning = kernels.apply_rotary_emb(turning, *rotary, backend=self.config.backend)
+        q, k = turning.split(self.split[:2], dim=1)
         return q, k, v
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None) -> Tensor:
@@ -133,7 +126,7 @@ class Attention(nn.Module):
         if self.slopes is not None:
             q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, S, H, D)
             y = kernels.flash_attn_func(q, k, v, dropout, causal=True, alibi_slopes=self.slopes, backend=self.config.backend)
-            return self.dropout(self.proj(y.flatten(2)))
+            return self.proj(y.flatten(2))
         y = kernels.scaled_dot_product_attention(
             q,
             k,
@@ -145,7 +138,7 @@ class Attention(nn.Module):
             enable_gqa=self.config.n_kv_head != self.config.n_head,
             backend=self.config.backend,
         )  # (B, H, S, D)
-        return self.dropout(self.proj(y.transpose(1, 2).flatten(2)))
+        return self.proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -155,41 +148,52 @@ class MLP(nn.Module):
         gated = config.activation == "swiglu"
         self.fc = nn.Linear(config.n_embd, config.intermediate_size * (2 if gated else 1), bias=config.bias)  # type: ignore[operator]
         self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.bias)  # type: ignore[arg-type]
-        self.dropout = make_dropout(config)
         self.activate = self._swiglu if gated else self._gelu
         self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
 
     def _gelu(self, x: Tensor) -> Tensor:
-        return kernels.gelu(x, self.approximate, backend=backend_for("gelu", self.config))
+        bias, backend = self.fc.bias, self.config.backend
+        if bias is not None and (backend == "triton" or (backend == "auto" and x.is_cuda)):
+            # The activation's backward sums the gradient of the bias in the same pass; elsewhere the product adds it for less.
+            return kernels.bias_gelu(F.linear(x, self.fc.weight), bias, self.approximate, backend=backend)
+        return kernels.bias_gelu(self.fc(x), None, self.approximate, backend=backend)
 
     def _swiglu(self, x: Tensor) -> Tensor:
-        return kernels.swiglu(*x.chunk(2, dim=-1), backend=backend_for("swiglu", self.config))
+        return kernels.swiglu(self.fc(x), backend=self.config.backend)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.proj(self.activate(self.fc(x))))
+        return self.proj(self.activate(x))
 
 
-def make_dropout(config: GPTConfig) -> nn.Module:
-    return nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
-
-
-def make_norm(config: GPTConfig) -> nn.Module:
+def make_norm(config: GPTConfig) -> kernels.LayerNorm | kernels.RMSNorm:
     if config.norm == "rmsnorm":
-        return kernels.RMSNorm(config.n_embd, config.norm_eps, backend=backend_for("rms_norm", config))
-    return kernels.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias, backend=backend_for("layer_norm", config))
+        return kernels.RMSNorm(config.n_embd, config.norm_eps, backend=config.backend)
+    return kernels.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias, backend=config.backend)
 
 
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
+        self.dropout = config.dropout
         self.norm1 = make_norm(config)
         self.attn = Attention(config, layer)
         self.norm2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        x = x + self.attn(self.norm1(x), rotary, mask, cache)
-        return x + self.mlp(self.norm2(x))
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        cache: KVCache | None,
+    ) -> tuple[Tensor, Tensor]:
+        """(x, residual) -> (x, residual), all (B, S, C): x is not yet added to the residual stream. The next norm does that,
+        after dropout, in the pass in which it normalises."""
+        dropout = self.dropout if self.training else 0.0
+        x, residual = self.norm1(x, residual, dropout, prenorm=True)
+        x, residual = self.norm2(self.attn(x, rotary, mask, cache), residual, dropout, prenorm=True)
+        return self.mlp(x), residual
 
 
 class GPT(nn.Module):
@@ -198,7 +202,6 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.context_length, config.n_embd) if config.position == "learned" else None
-        self.dropout = make_dropout(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -229,12 +232,12 @@ class GPT(nn.Module):
         if self.config.position == "rotary":
             rotary = kernels.rotary_cos_sin(positions, self.config.head_dim, self.config.rope_theta, x.dtype)  # type: ignore[arg-type]
         mask = self.attention_mask(positions, past + s)
-        x = self.dropout(x)
+        residual = None
         for block in self.blocks:
-            x = block(x, rotary, mask, cache)
+            x, residual = block(x, residual, rotary, mask, cache)
         if cache is not None:
             cache.length += s
-        return self.norm(x)
+        return self.norm(x, residual, self.config.dropout if self.training else 0.0)
 
     def attention_mask(self, positions: Tensor, t: int) -> Tensor | None:
         """Which keys each position sees, (S, T) bool; None where causal attention or ALiBi's slopes say it all."""
@@ -259,8 +262,7 @@ class GPT(nn.Module):
         return self._losses(x, targets, "none")
 
     def _losses(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        backend = backend_for("linear_cross_entropy", self.config)
-        return kernels.linear_cross_entropy(x, self.head.weight, targets, reduction=reduction, backend=backend)
+        return kernels.linear_cross_entropy(x, self.head.weight, targets, reduction=reduction, backend=self.config.backend)
 
     def make_cache(self, batch_size: int) -> KVCache:
         """An empty key/value cache for this model, in the dtype its linear layers compute in."""
