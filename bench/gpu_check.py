@@ -188,6 +188,17 @@ def benchmark(args: argparse.Namespace, name: str) -> dict[str, Any]:
     return {"rows": [{"group": r["group"], "name": r["name"], "median": r["stats"]["median"], **r["extra_info"]} for r in rows]}
 
 
+def ops(args: argparse.Namespace) -> dict[str, Any]:
+    """The benchmark of every op, one process each; what fails is in the result beside what does not."""
+    results: dict[str, Any] = {"passed": True}
+    for name in ("attention", "norm", "linear_cross_entropy", "activation", "rotary"):
+        try:
+            results[name] = benchmark(args, name)
+        except RuntimeError as error:
+            results |= {name: {"error": str(error)}, "passed": False}
+    return results
+
+
 # name -> (function, limit in seconds at default sizes). A later issue adds its part here.
 PARTS: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any]], int]] = {
     "environment": (environment, 60),
@@ -195,7 +206,7 @@ PARTS: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any]], int]] = {
     "train-reference": (lambda a: train(a, "reference", False), 180),
     "train-sdpa-compile": (lambda a: train(a, "torch", a.device == "cuda"), 240),
     "train-ours": (lambda a: train(a, "auto", False), 180),
-    "attention": (lambda a: benchmark(a, "attention"), 240),
+    "ops": (ops, 420),
     "throughput": (lambda a: benchmark(a, "training"), 180),
     "sanitizer": (sanitizer, 180),
 }
