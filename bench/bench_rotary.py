@@ -2,9 +2,9 @@
 
     pytest bench/bench_rotary.py [--sizes smoke|default|full] [--device cpu|cuda]
 
-q and k are views (batch, positions, heads, head_dim).transpose(1, 2), bf16 (on a CPU float32), angles float32. GB/s counts q and
-k once in and once out in each direction; the angles, shared by all heads, are left out. "of copy" is the fraction of a large
-copy's bandwidth in the same run. Every result is compared with float64 before it is timed.
+q and k are views (batch, positions, heads, head_dim).transpose(1, 2), bf16 (on a CPU float32), angles float32. GB/s counts q
+and k once in and once out in each direction; the angles, shared by all heads, are left out. "of copy" is the fraction of a
+large copy's bandwidth in the same run. Every result is compared with float64 before it is timed.
 """
 
 from __future__ import annotations
