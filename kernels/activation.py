@@ -168,16 +168,69 @@ def _triton(
     seed = seed_for(dropout_p, gate.device)
     if gate.dtype == torch.float64:
         return activation_reference(gate, up, gate_bias, up_bias, seed, activation, packed, dropout_p)
-    # A registered op without a forward-mode formula drops tangents in silence.
-    if not torch.compiler.is_compiling() and any(
-        tensor is not None and unpack_dual(tensor).tangent is not None for tensor in (gate, up, gate_bias, up_bias)
-    ):
+    if not torch.compiler.is_compiling() and _has_tangent(gate, up, gate_bias, up_bias):
         raise NotImplementedError("activations have no forward-mode derivative (use backend='reference')")
     return _activation(gate, up, gate_bias, up_bias, seed, activation, packed, dropout_p)
 
 
 def _gelu_torch(x: Tensor, approximate: str = "none") -> Tensor:
     return F.gelu(x, approximate=approximate)
+
+
+def _activate_torch(x: Tensor, activation: str) -> Tensor:
+    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _gate_torch(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    y = _activate_torch(gate, activation)
+    # Without a gradient nothing needs the activation again; with one, autograd would copy it first.
+    return y * up if torch.is_grad_enabled() else y.mul_(up)
+
+
+class _Gated(torch.autograd.Function):
+    """activation(gate) * up of two tensors, or of one that holds both. The backward recomputes the activation, not kept, and
+    writes both gradients where they belong, so that nothing is concatenated."""
+
+    @staticmethod
+    def forward(gate, up, activation):  # type: ignore[no-untyped-def]
+        gate, up = gate.chunk(2, dim=-1) if up is None else (gate, up)
+        return _activate_torch(gate, activation).mul_(up)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        gate, up, ctx.activation = inputs
+        ctx.save_for_backward(*((gate,) if up is None else (gate, up)))
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        saved, activation = ctx.saved_tensors, ctx.activation
+        if torch.is_grad_enabled():  # for a second derivative autograd has to see each step
+            gate, up = saved if len(saved) == 2 else saved[0].chunk(2, dim=-1)
+            needed = [x for x in saved if x.requires_grad]
+            found = iter(torch.autograd.grad(_gate_torch(gate, up, activation), needed, grad, create_graph=True))
+            grads: list = [next(found) if x.requires_grad else None for x in saved]
+        else:
+            grads = [torch.empty_like(x) for x in saved]
+            gate, up = saved if len(saved) == 2 else saved[0].chunk(2, dim=-1)
+            dgate, dup = grads if len(saved) == 2 else grads[0].chunk(2, dim=-1)
+            torch.mul(grad, up, out=dgate)
+            if activation == "silu":
+                torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
+            else:
+                form = "tanh" if activation == "gelu_tanh" else "none"
+                torch.ops.aten.gelu_backward.grad_input(dgate, gate, approximate=form, grad_input=dgate)
+            torch.mul(_activate_torch(gate, activation), grad, out=dup)
+        return grads[0], grads[1] if len(saved) == 2 else None, None
+
+
+def _has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode derivatives are asked for, which an operator without a formula for them drops in silence."""
+    return any(tensor is not None and unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def _is_eager(*tensors: Tensor | None) -> bool:
+    """Whether neither a compiler nor torch.func transforms what is called."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or _has_tangent(*tensors))
 
 
 def _torch(
@@ -190,14 +243,20 @@ def _torch(
     dropout_p: float,
 ) -> Tensor:
     """PyTorch's own operators."""
+    # Below this size the calls count, not the passes.
+    if up is not None or packed:
+        biased = gate_bias is not None or up_bias is not None
+        needs_grad = torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad))
+        if needs_grad and not biased and gate.is_cpu and gate.numel() >= 2**16 and _is_eager(gate, up):
+            y = _Gated.apply(gate, up, activation)
+            return F.dropout(y, dropout_p) if dropout_p > 0 else y
     if packed:
         gate, up = gate.chunk(2, dim=-1)
     x = gate if gate_bias is None else gate + gate_bias.to(gate.dtype)
-    y = F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
-    if up is not None:
-        factor = up if up_bias is None else up + up_bias.to(up.dtype)
-        # Without a gradient nothing needs the activation again; with one, autograd would copy it first.
-        y = y * factor if torch.is_grad_enabled() else y.mul_(factor)
+    if up is None:
+        y = _activate_torch(x, activation)
+    else:
+        y = _gate_torch(x, up if up_bias is None else up + up_bias.to(up.dtype), activation)
     return F.dropout(y, dropout_p) if dropout_p > 0 else y
 
 

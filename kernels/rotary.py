@@ -120,6 +120,11 @@ class _InPlace(torch.autograd.Function):
 # --- implementations ------------------------------------------------------------------------------------------------
 
 
+def _has_tangent(*tensors: Tensor) -> bool:
+    """Whether forward-mode derivatives are asked for, which an operator without a formula for them drops in silence."""
+    return any(unpack_dual(x).tangent is not None for x in tensors)
+
+
 def _triton(
     tensors: tuple[Tensor, ...], cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inplace: bool
 ) -> tuple[Tensor, ...]:
@@ -130,8 +135,7 @@ def _triton(
     for name, table in (("cos", cos), ("sin", sin)):
         if table.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: requires a gradient, which 'triton' does not compute (use backend='reference')")
-    # A registered op without a forward-mode formula drops tangents in silence.
-    if not compiling and any(unpack_dual(x).tangent is not None for x in (*tensors, cos, sin)):
+    if not compiling and _has_tangent(*tensors, cos, sin):
         raise NotImplementedError("rotary has no forward-mode derivative (use backend='reference')")
     if not inplace or compiling:  # the compiler itself finds what can be overwritten
         turned = _rotary(q, k, cos, sin, positions, interleaved, False)[: len(tensors)]
@@ -141,6 +145,63 @@ def _triton(
         return tuple(_InPlace.apply(x, cos, sin, positions, interleaved) for x in tensors)
     _rotary_(q, k, cos, sin, positions, interleaved)
     return tensors
+
+
+def _turn_halves(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    half = cos.shape[-1]
+    y = torch.empty_like(x)
+    (x1, x2, rest), (y1, y2, y_rest) = (t.split((half, half, x.shape[-1] - 2 * half), dim=-1) for t in (x, y))
+    torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-sign)
+    torch.mul(x2, cos, out=y2).addcmul_(x1, sin, value=sign)
+    y_rest.copy_(rest)
+    return y
+
+
+class _Halves(torch.autograd.Function):
+    """The reference's halves in four passes over half the data, where its separate products, sums and `cat` are seven."""
+
+    @staticmethod
+    def forward(x, cos, sin, sign):  # type: ignore[no-untyped-def]
+        return _turn_halves(x, cos, sin, sign)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        _, cos, sin, ctx.sign = inputs
+        ctx.save_for_backward(cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return _Halves.apply(grad, *ctx.saved_tensors, -ctx.sign), None, None, None
+
+
+def _turn_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """A pair is a complex number in memory, and PyTorch multiplies those in one pass."""
+    turning, rest = x.split((2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]), dim=-1)
+    y = torch.view_as_complex(turning.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
+    y = torch.view_as_real(y).flatten(-2)
+    return torch.cat((y, rest), dim=-1) if rest.shape[-1] else y
+
+
+def _turn_on_cpu(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool) -> Tensor:
+    """The reference by the fewest passes over memory that PyTorch's operators allow."""
+    fits = x.dtype == cos.dtype == sin.dtype and x.dtype in (torch.float32, torch.float64) and x.is_cpu and x.numel() > 0
+    if not fits or cos.shape[-1] == 0 or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return apply_rotary_emb_reference(x, cos, sin, positions, interleaved)
+    if interleaved:
+        complex_view = x.stride(-1) == 1 and not any(n % 2 for n in (*x.stride()[:-1], x.storage_offset()))
+        if complex_view:
+            return _turn_pairs(x, *_angles(cos, sin, positions))
+    # Below this size the calls count, not the passes.
+    elif x.numel() >= 2**16 and not (cos.requires_grad or sin.requires_grad or _has_tangent(x, cos, sin)):
+        return _Halves.apply(x, *_angles(cos, sin, positions), 1)
+    return apply_rotary_emb_reference(x, cos, sin, positions, interleaved)
+
+
+def _torch(
+    tensors: tuple[Tensor, ...], cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inplace: bool
+) -> tuple[Tensor, ...]:
+    turned = [_turn_on_cpu(x, cos, sin, positions, interleaved) for x in tensors]
+    return tuple(x.copy_(y) for x, y in zip(tensors, turned)) if inplace else tuple(turned)
 
 
 def _reference(
@@ -153,7 +214,7 @@ def _reference(
 register(
     "rotary",
     Implementation("triton", _triton, why_not_triton),
-    Implementation("torch", _reference),
+    Implementation("torch", _torch),
     Implementation("reference", _reference),
 )
 

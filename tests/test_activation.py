@@ -194,6 +194,26 @@ def test_the_backward_of_dropout_drops_what_the_forward_dropped(backend):
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_large_inputs_on_the_cpu_and_their_second_derivative(activation, packed):
+    gate, up = random(300, 250), random(300, 250, seed=1)
+    check(activation, (gate, up), torch.float32, packed=packed)
+    leaves = [x.clone().requires_grad_() for x in (gate, up)]
+
+    def second(function, **options):
+        y = function(activation, *leaves, **options)
+        grads = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), leaves)
+
+    torch.testing.assert_close(second(ours, packed=packed), second(plain), rtol=1e-4, atol=1e-4)
+    only_up = [gate, up.clone().requires_grad_()]
+    (grad,) = torch.autograd.grad(ours(activation, *only_up, packed=packed).sum(), only_up[1:])
+    torch.testing.assert_close(grad, ACTIVATIONS[activation](gate))
+    jacobian = torch.func.grad(lambda x: ours(activation, x, up, packed=packed).sum())(gate)
+    torch.testing.assert_close(jacobian, torch.func.grad(lambda x: plain(activation, x, up).sum())(gate))
+
+
 def test_bad_arguments_are_named():
     x = torch.ones(2, 4)
     with pytest.raises(ValueError, match="approximate: got 'sigmoid'"):

@@ -214,6 +214,24 @@ def test_empty_inputs(shape, inplace, backend):
     assert torch.equal(apply_rotary_emb(z, nothing, nothing, backend=backend), z)
 
 
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
+def test_large_inputs_on_the_cpu_and_their_second_derivative(interleaved):
+    x = random(2, 130, 8, 40).transpose(1, 2)
+    cos, sin = rotary_cos_sin(torch.arange(200), 32)
+    positions = torch.randint(200, (2, 130), generator=torch.Generator().manual_seed(1))
+    check(x, cos, sin, positions=positions, interleaved=interleaved)
+    leaf = x.clone().requires_grad_()
+
+    def second(function):
+        y = function(leaf, cos, sin, positions=positions, interleaved=interleaved)
+        (grad,) = torch.autograd.grad((y**3).sum(), leaf, create_graph=True)
+        return torch.autograd.grad((grad**2).sum(), leaf)
+
+    torch.testing.assert_close(second(apply_rotary_emb), second(apply_rotary_emb_reference), rtol=1e-4, atol=1e-4)
+    function = lambda x: apply_rotary_emb(x, cos[:130], sin[:130], interleaved=interleaved)  # noqa: E731
+    torch.testing.assert_close(torch.func.vmap(function)(x[None])[0], function(x))
+
+
 def test_bad_arguments_are_named():
     cos, sin = rotary_cos_sin(torch.arange(5), 8)
     x = torch.randn(2, 3, 5, 8)
