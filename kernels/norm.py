@@ -104,12 +104,13 @@ def _layer_norm_torch(
     dropout_p: float,
     prenorm: bool,
 ) -> Any:
-    h = _sum_torch(x, residual, dropout_p)
-    input = h
-    if any(tensor is not None and tensor.dtype != x.dtype for tensor in (h, weight, bias)):
+    h = x if residual is None and dropout_p == 0 else _sum_torch(x, residual, dropout_p)
+    input, dtype = h, x.dtype
+    if not (h.dtype == dtype and _is(weight, dtype) and _is(bias, dtype)):
         # PyTorch's kernels mix dtypes on some devices alone, and the result must not be rounded to a narrow h.
         input, weight, bias = _upcast(h), _upcast_like(h, weight), _upcast_like(h, bias)
-    y = F.layer_norm(input, x.shape[-1:], weight, bias, eps).to(x.dtype)
+    y = F.layer_norm(input, x.shape[-1:], weight, bias, eps)
+    y = y if y.dtype == dtype else y.to(dtype)
     return (y, h) if prenorm else y
 
 
@@ -124,14 +125,21 @@ def _rms_norm_torch(
     bias: Tensor | None,
     unit_offset: bool,
 ) -> Any:
-    h = _sum_torch(x, residual, dropout_p)
-    weight = _upcast_like(h, weight)
-    if unit_offset and weight is not None:
-        weight = 1 + weight
-    # In the wide dtype, because PyTorch 2.11 to 2.13 square in the input's outside their fused CUDA kernel.
-    y = F.rms_norm(_upcast(h), x.shape[-1:], weight, eps)
-    y = (y if bias is None else y + bias).to(x.dtype)
+    h = x if residual is None and dropout_p == 0 else _sum_torch(x, residual, dropout_p)
+    input, dtype = h, x.dtype
+    if unit_offset or dtype not in (torch.float32, torch.float64) or not (h.dtype == dtype and _is(weight, dtype)):
+        # In the wide dtype, because PyTorch 2.11 to 2.13 square in the input's outside their fused CUDA kernel.
+        input, weight = _upcast(h), _upcast_like(h, weight)
+        if unit_offset and weight is not None:
+            weight = 1 + weight
+    y = F.rms_norm(input, x.shape[-1:], weight, eps)
+    y = y if bias is None else y + bias
+    y = y if y.dtype == dtype else y.to(dtype)
     return (y, h) if prenorm else y
+
+
+def _is(tensor: Tensor | None, dtype: torch.dtype) -> bool:
+    return tensor is None or tensor.dtype == dtype
 
 
 def _upcast_like(h: Tensor, tensor: Tensor | None) -> Tensor | None:

@@ -387,11 +387,11 @@ def forward_blocks(n: int, sizes: int, affine_sizes: int, dropout: bool) -> Bloc
     return Blocks(1, 4096, 16, _stages(4096 * (sizes + affine_sizes), 48))
 
 
-def backward_blocks(n: int, sizes: int, weight_size: int, two_sums: bool, arch: int) -> Blocks:
-    """For rows of n numbers that are read from dy, h and dh, `sizes` bytes a number in all. two_sums: both dweight and dbias
-    are kept. The widest rows are those that spill nothing."""
+def backward_blocks(n: int, sizes: int, weight_size: int, light: bool, arch: int) -> Blocks:
+    """For rows of n numbers that are read from dy, h and dh, `sizes` bytes a number in all. light: RMSNorm with one sum to
+    keep, dweight or dbias. The widest rows are those that spill nothing."""
     width = _padded(n)
-    if width > (8192 if two_sums or sizes > 8 else 16384):
+    if width > (16384 if light and sizes <= 8 else 8192):
         return Blocks(1, 2048, 4, 3, 4)
     block_m, programs = max(1, _TILE // width), max(1, min(4, 8192 // width))
     in_flight = programs * block_m * width * (sizes + (weight_size if width > _KEPT_WEIGHT.value else 0))
@@ -510,11 +510,11 @@ def backward(
     if dh is not None:
         dh = _matrix(dh)
         stride_dh = dh.stride(0)
-    two_sums = dweight is not None and dbias is not None
+    light = mean is None and (dweight is None or dbias is None)
     if _forced is not None:
         blocks = _forced[1]
     else:
-        blocks = backward_blocks(n, _sizes(dy, h, dh), _sizes(weight), two_sums, architecture(h.device))
+        blocks = backward_blocks(n, _sizes(dy, h, dh), _sizes(weight), light, architecture(h.device))
     mean_product = mean_gradient = None
     with device_of(h):
         if blocks.block_n < n:
