@@ -181,13 +181,17 @@ def test_linear_cross_entropy(
 # --- cross-entropy of given logits ----------------------------------------------------------------------------------
 
 
+def float32_cross_entropy(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z.float(), y)
+
+
 def logits_implementations(device: str) -> dict[str, Function]:
     """Each of (logits, target)."""
     found: dict[str, Function] = {"ours": cross_entropy, "F.cross_entropy": F.cross_entropy}
     if device == "cpu":
         return found
     found["ours, in place"] = functools.partial(cross_entropy, inplace_backward=True)
-    found["torch.compile"] = torch.compile(lambda z, y: F.cross_entropy(z.float(), y), dynamic=False)
+    found["torch.compile"] = torch.compile(float32_cross_entropy, dynamic=False)
     if importlib.util.find_spec("liger_kernel") is not None:
         liger = importlib.import_module("liger_kernel.transformers").LigerCrossEntropyLoss()
         found["liger"] = lambda z, y: liger(z * 1, y)  # it writes over what it is given
