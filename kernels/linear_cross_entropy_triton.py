@@ -90,7 +90,7 @@ def _filtered(a: Tensor, b: Tensor, out: Tensor, flags: Tensor, flag_m: int, fla
     """`_multiply` without the tiles of `a` that `flags` leaves out."""
     b = b if b.stride(1) == 1 else b.contiguous()
     (m_end, k_end), n_end = a.shape, b.shape[1]
-    block_m, block_n, block_k, num_warps, num_stages = (64, 64, 64, 8, 2) if a.dtype == torch.float32 else (128, 128, 64, 8, 3)
+    block_m, block_n, block_k, num_warps, num_stages = (64, 32, 64, 8, 2) if a.dtype == torch.float32 else (128, 128, 64, 8, 3)
     with device_of(a):
         _filtered_product[(triton.cdiv(m_end, block_m), triton.cdiv(n_end, block_n))](
             a, b, out, flags, a.stride(0), a.stride(1), b.stride(0), out.stride(0), flags.stride(0), flags.stride(1), m_end,
