@@ -163,7 +163,8 @@ def gradients(
                 _filtered(dz.t(), input, d_weight[first : first + width], flags.t(), FLAG_TILE, 1, accumulate=False)
         if needs[2]:
             torch.sum(dz, 0, dtype=torch.float32, out=d_bias[first : first + width])
-    del buffer, z, dz, w  # before a second d_input takes their place
+        del w  # a converted chunk of the weight goes before the next one comes
+    del buffer, z, dz  # before a second d_input takes their place
     return d_input.to(input.dtype), d_weight, d_bias
 
 
