@@ -228,14 +228,14 @@ def options(ignore_index: int, label_smoothing: float, softcap: float, z_loss: f
 
 
 def block(width: int, plain: bool = True) -> tuple[int, int, int]:
-    """(BLOCK_M, BLOCK_N, num_warps): 16 numbers a thread, 4,096 of a row in a program, half of that with further vectors along
-    the row, which take registers; short rows share a program."""
+    """(BLOCK_M, BLOCK_N, num_warps): 16 numbers a thread and up to 4,096 of a row in a program; half of both with class
+    weights, softcap or an argmax, which take registers. Short rows share a program."""
     if triton.knobs.runtime.interpret:
         return 32, 128, 1
-    most = 4096 if plain else 2048
+    most, each = (4096, 16) if plain else (2048, 8)
     block_n = min(max(triton.next_power_of_2(width), FLAG_TILE), most)
     block_m = max(2048 // block_n, 1)
-    return block_m, block_n, block_m * block_n // 512
+    return block_m, block_n, block_m * block_n // (32 * each)
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def _filtered(a: Tensor, b: Tensor, out: Tensor, flags: Tensor, flag_m: int, fla
     """`_multiply` without the tiles of `a` that `flags` leaves out."""
     b = b if b.stride(1) == 1 else b.contiguous()
     (m_end, k_end), n_end = a.shape, b.shape[1]
-    block_m, block_n, block_k, num_warps, num_stages = (64, 64, 64, 8, 2) if a.dtype == torch.float32 else (128, 128, 64, 8, 3)
+    block_m, block_n, block_k, num_warps, num_stages = (64, 32, 64, 8, 2) if a.dtype == torch.float32 else (128, 128, 64, 8, 3)
     with device_of(a):
         _filtered_product[(triton.cdiv(m_end, block_m), triton.cdiv(n_end, block_n))](
             a, b, out, flags, a.stride(0), a.stride(1), b.stride(0), out.stride(0), flags.stride(0), flags.stride(1), m_end,
@@ -163,7 +163,8 @@ def gradients(
                 _filtered(dz.t(), input, d_weight[first : first + width], flags.t(), FLAG_TILE, 1, accumulate=False)
         if needs[2]:
             torch.sum(dz, 0, dtype=torch.float32, out=d_bias[first : first + width])
-    del buffer, z, dz, w  # before a second d_input takes their place
+        del w  # a converted chunk of the weight goes before the next one comes
+    del buffer, z, dz  # before a second d_input takes their place
     return d_input.to(input.dtype), d_weight, d_bias
 
 

@@ -551,6 +551,101 @@ def test_what_is_held_besides_the_gradients_is_less_than_a_twentieth_of_the_logi
         assert extra < 0.05 * 2 * n * v
 
 
+# --- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+def on_gpu(n, d, v, dtype):
+    x, w, b, y = problem(n, d, v)
+    return (*(tensor.to("cuda", dtype) for tensor in (x, w / d**0.5, b)), y.cuda())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "softcap": 20.0, "z_loss": 1e-3}, {"reduction": "none"}])
+@pytest.mark.parametrize("keep", [0, 1 << 40])
+def test_real_sizes_are_as_accurate_as_plain_pytorch(monkeypatch, dtype, options, keep):
+    monkeypatch.setattr(module, "KEEP_BYTES", keep)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 8 << 20)
+    x, w, b, y = on_gpu(2000, 512, 33278, dtype)
+    upstream = torch.randn(y.shape, device="cuda") if "reduction" in options else torch.tensor(64.0, device="cuda")
+    ours = gradients(lce, x, w, b, y, upstream, dtype, **options)
+    plain = gradients(linear_cross_entropy_reference, x, w, b, y, upstream, dtype, **options)
+    truth = gradients(linear_cross_entropy_reference, x, w, b, y, upstream, torch.float64, **options)
+    for o, p, t in zip(ours, plain, truth):
+        assert_as_accurate_as(o, p, t)
+
+
+@pytest.mark.gpu
+def test_filtered_products_on_a_gpu_are_close_to_all_of_them():
+    x, w, b, y = on_gpu(2000, 512, 33278, torch.bfloat16)
+    one = torch.tensor(1.0, device="cuda")
+    exact = gradients(lce, x, w, b, y, one, torch.bfloat16, reduction="sum")
+    filtered = gradients(lce, x, w, b, y, one, torch.bfloat16, reduction="sum", filter_gradients=True)
+    for e, f in zip(exact, filtered):
+        assert (e - f).float().norm() <= 0.1 * e.float().norm()
+
+
+@pytest.mark.gpu
+def test_100_runs_are_equal_bit_for_bit():
+    x, w, b, y = on_gpu(2000, 512, 33278, torch.bfloat16)
+    one = torch.tensor(1.0, device="cuda")
+    first = gradients(lce, x, w, b, y, one, torch.bfloat16)
+    for _ in range(99):
+        assert all(torch.equal(a, c) for a, c in zip(first, gradients(lce, x, w, b, y, one, torch.bfloat16)))
+
+
+@pytest.mark.gpu
+def test_runs_inside_a_cuda_graph():
+    """Which a wait of the host for the device would break."""
+    x, w, b, y = on_gpu(512, 256, 20000, torch.bfloat16)
+    leaves = [tensor.requires_grad_() for tensor in (x, w, b)]
+
+    def step():
+        loss, aux = lce(leaves[0], leaves[1], y, linear_bias=leaves[2], return_aux=True)
+        return loss, *aux, *torch.autograd.grad(loss, leaves)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = step()
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    graph.replay()
+    assert all(torch.equal(r, e) for r, e in zip(results, expected))
+
+
+@pytest.mark.gpu
+def test_a_target_out_of_range_on_a_gpu_gives_nan_and_raises_under_debug_checks():
+    x, w, _, y = on_gpu(64, 32, 1000, torch.bfloat16)
+    y[3] = 10**9
+    loss = lce(x, w, y, reduction="none")
+    assert torch.isnan(loss).nonzero().flatten().tolist() == [3]
+    with kernels.debug_checks(), pytest.raises(IndexError, match="target: token 3 is 1000000000"):
+        lce(x, w, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", [2048, 4096])
+def test_peak_memory_of_8k_tokens_and_128k_words_is_a_twentieth_of_the_logits(d):
+    n, v = 8192, 128256
+    x = torch.randn(n, d, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    w = torch.randn(v, d, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    y = torch.randint(v, (n,), device="cuda")
+    lce(x[:128], w, y[:128]).backward()  # cuBLAS takes its workspace
+    x.grad = w.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.autograd.grad(lce(x, w, y), (x, w))
+    extra = torch.cuda.max_memory_allocated() - before - 2 * (n + v) * d
+    assert extra < 0.05 * 4 * n * v
+
+
+# --- CPU ------------------------------------------------------------------------------------------------------------
+
+
 @needs_extension
 def test_memory_stays_far_below_that_of_the_logits():
     import resource
