@@ -357,8 +357,9 @@ class Blocks:
     programs: int = 1
 
 
-# Elements of a tile of narrow rows: 16 a thread, which are two loads of 16 bytes in 16 bits.
-_TILE = 2048
+# Elements of a tile of narrow rows: 16 a thread, which are two loads of 16 bytes in 16 bits. Forward many small programs;
+# backward few, because each leaves its sums: two a multiprocessor, so that one computes while the other waits at a barrier.
+_FORWARD_TILE, _BACKWARD_TILE = 2048, 4096
 # Up to here `_backward` keeps the weight in registers; beside a wider row and its sums there is no room.
 _KEPT_WEIGHT = tl.constexpr(8192)
 # KiB of shared memory that loads in flight may take on one multiprocessor (the rest is L1 cache), by architecture.
@@ -382,7 +383,7 @@ def forward_blocks(n: int, sizes: int, affine_sizes: int, dropout: bool) -> Bloc
     `affine_sizes`. The widest rows are those that spill nothing."""
     width = _padded(n)
     if width <= (32768 if sizes == 2 and not dropout else 16384):
-        return Blocks(max(1, _TILE // width), width, min(32, max(4, width // 512)))
+        return Blocks(max(1, _FORWARD_TILE // width), width, min(32, max(4, width // 512)))
     # Two programs a multiprocessor: their rows have to stay in the L2 cache until they are read again.
     return Blocks(1, 4096, 16, _stages(4096 * (sizes + affine_sizes), 48))
 
@@ -393,10 +394,10 @@ def backward_blocks(n: int, sizes: int, weight_size: int, light: bool, arch: int
     width = _padded(n)
     if width > (16384 if light and sizes <= 8 else 8192):
         return Blocks(1, 2048, 4, 3, 4)
-    block_m, programs = max(1, _TILE // width), max(1, min(4, 8192 // width))
+    block_m, programs = max(1, _BACKWARD_TILE // width), 2 if width <= _BACKWARD_TILE else 1
     in_flight = programs * block_m * width * (sizes + (weight_size if width > _KEPT_WEIGHT.value else 0))
     stages = _stages(in_flight, _IN_FLIGHT.get(arch, _IN_FLIGHT_ELSE))
-    return Blocks(block_m, width, min(16, max(4, width // 512)), stages, programs)
+    return Blocks(block_m, width, min(16, max(8, width // 512)), stages, programs)
 
 
 _forced: tuple[Blocks, Blocks] | None = None
@@ -420,6 +421,10 @@ def _matrix(tensor: Tensor) -> Tensor:
     """(M, N) with dense rows: a view where the layout has them at equal distances, else a copy."""
     matrix = tensor.reshape(-1, tensor.shape[-1])
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def _dense(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
 
 
 def _sizes(*tensors: Tensor | None) -> int:
@@ -455,7 +460,7 @@ def forward(
     mean = x.new_empty(rows, dtype=torch.float32) if keep_statistics and not rms else None
     if rows == 0:
         return y, h, mean, rstd
-    x = _matrix(x)
+    x, weight, bias = _matrix(x), _dense(weight), _dense(bias)
     stride_r = 0
     if residual is not None:
         residual = _matrix(residual)
@@ -505,7 +510,7 @@ def backward(
     dbias = new(n, dtype=bias_dtype) if bias_dtype is not None else None
     if rows == 0:
         return dx, dresidual, dweight, dbias
-    dy, h = _matrix(dy), _matrix(h)
+    dy, h, weight = _matrix(dy), _matrix(h), _dense(weight)
     stride_dh = 0
     if dh is not None:
         dh = _matrix(dh)
@@ -540,7 +545,7 @@ def backward(
         needed = (dweight is not None) + (dbias is not None)
         if programs > 1 and needed:
             block_p = triton.next_power_of_2(programs)
-            block_n = max(16, 8192 // block_p)
+            block_n = min(512, max(16, 8192 // block_p))
             _add_partials[(triton.cdiv(n, block_n), needed)](
                 *sums, dweight, dbias, programs, N=n, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=8
             )
