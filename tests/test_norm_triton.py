@@ -78,6 +78,28 @@ def test_rows_that_do_not_fit_the_registers_are_as_accurate(op, shape, options, 
         check(case, "triton")
 
 
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_rows_of_20000_take_the_kernels_for_wide_rows(op, monkeypatch):
+    from wikigpt.kernels import norm_triton
+
+    wide = []
+    for name in ("_forward_wide", "_backward_means"):
+        monkeypatch.setattr(norm_triton, name, Noted(getattr(norm_triton, name), wide, name))
+    check(Case(op, (2, 20000), BF16, residual=BF16, options={"prenorm": True}, device=DEVICE), "triton")
+    assert wide == ["_forward_wide", "_backward_means"]
+
+
+class Noted:
+    """A kernel that notes its launches."""
+
+    def __init__(self, kernel, launches, name):
+        self.kernel, self.launches, self.name = kernel, launches, name
+
+    def __getitem__(self, grid):
+        self.launches.append(self.name)
+        return self.kernel[grid]
+
+
 @pytest.mark.parametrize("block_m", [1, 2, 8])
 @pytest.mark.parametrize("op", FUNCTIONS)
 def test_any_tiling_gives_the_same(op, block_m):
