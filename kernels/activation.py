@@ -187,40 +187,34 @@ def _gate_torch(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return y * up if torch.is_grad_enabled() else y.mul_(up)
 
 
-class _Gated(torch.autograd.Function):
-    """activation(gate) * up of two tensors, or of one that holds both. The backward recomputes the activation, not kept, and
-    writes both gradients where they belong, so that nothing is concatenated."""
+class _Packed(torch.autograd.Function):
+    """activation(gate) * up of one tensor that holds both, as autograd would do it, but for the concatenation of the two
+    gradients: they are written where they belong."""
 
     @staticmethod
-    def forward(gate, up, activation):  # type: ignore[no-untyped-def]
-        gate, up = gate.chunk(2, dim=-1) if up is None else (gate, up)
-        return _activate_torch(gate, activation).mul_(up)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        gate, up, ctx.activation = inputs
-        ctx.save_for_backward(*((gate,) if up is None else (gate, up)))
+    def forward(ctx, x, activation):  # type: ignore[no-untyped-def]
+        gate, up = x.chunk(2, dim=-1)
+        y = _activate_torch(gate, activation)
+        ctx.activation = activation
+        ctx.save_for_backward(x, y)
+        return y * up
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        saved, activation = ctx.saved_tensors, ctx.activation
+        (x, y), activation = ctx.saved_tensors, ctx.activation
+        gate, up = x.chunk(2, dim=-1)
         if torch.is_grad_enabled():  # for a second derivative autograd has to see each step
-            gate, up = saved if len(saved) == 2 else saved[0].chunk(2, dim=-1)
-            needed = [x for x in saved if x.requires_grad]
-            found = iter(torch.autograd.grad(_gate_torch(gate, up, activation), needed, grad, create_graph=True))
-            grads: list = [next(found) if x.requires_grad else None for x in saved]
+            return torch.autograd.grad(_gate_torch(gate, up, activation), x, grad, create_graph=True)[0], None
+        dx = torch.empty_like(x)
+        dgate, dup = dx.chunk(2, dim=-1)
+        torch.mul(grad, up, out=dgate)
+        if activation == "silu":
+            torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
         else:
-            grads = [torch.empty_like(x) for x in saved]
-            gate, up = saved if len(saved) == 2 else saved[0].chunk(2, dim=-1)
-            dgate, dup = grads if len(saved) == 2 else grads[0].chunk(2, dim=-1)
-            torch.mul(grad, up, out=dgate)
-            if activation == "silu":
-                torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
-            else:
-                form = "tanh" if activation == "gelu_tanh" else "none"
-                torch.ops.aten.gelu_backward.grad_input(dgate, gate, approximate=form, grad_input=dgate)
-            torch.mul(_activate_torch(gate, activation), grad, out=dup)
-        return grads[0], grads[1] if len(saved) == 2 else None, None
+            form = "tanh" if activation == "gelu_tanh" else "none"
+            torch.ops.aten.gelu_backward.grad_input(dgate, gate, approximate=form, grad_input=dgate)
+        torch.mul(y, grad, out=dup)
+        return dx, None
 
 
 def _has_tangent(*tensors: Tensor | None) -> bool:
@@ -243,13 +237,10 @@ def _torch(
     dropout_p: float,
 ) -> Tensor:
     """PyTorch's own operators."""
-    # Below this size the calls count, not the passes.
-    if up is not None or packed:
-        biased = gate_bias is not None or up_bias is not None
-        needs_grad = torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad))
-        if needs_grad and not biased and gate.is_cpu and gate.numel() >= 2**16 and _is_eager(gate, up):
-            y = _Gated.apply(gate, up, activation)
-            return F.dropout(y, dropout_p) if dropout_p > 0 else y
+    large = gate.is_cpu and gate.numel() >= 2**18  # below, calls count more than passes over memory
+    if large and packed and gate_bias is None and up_bias is None and torch.is_grad_enabled() and _is_eager(gate):
+        y = _Packed.apply(gate, activation)
+        return F.dropout(y, dropout_p) if dropout_p > 0 else y
     if packed:
         gate, up = gate.chunk(2, dim=-1)
     x = gate if gate_bias is None else gate + gate_bias.to(gate.dtype)

@@ -197,7 +197,7 @@ def test_the_backward_of_dropout_drops_what_the_forward_dropped(backend):
 @pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_large_inputs_on_the_cpu_and_their_second_derivative(activation, packed):
-    gate, up = random(300, 250), random(300, 250, seed=1)
+    gate, up = random(600, 250), random(600, 250, seed=1)
     check(activation, (gate, up), torch.float32, packed=packed)
     leaves = [x.clone().requires_grad_() for x in (gate, up)]
 
