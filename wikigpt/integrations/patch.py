@@ -426,12 +426,15 @@ def unpatch(model: nn.Module) -> None:
     """
     swapped = [(name, module) for name, module in model.named_modules() if isinstance(module, _Swapped)]
     for name, module in swapped:
-        if "_original" not in vars(type(module)) or "forward" in module.__dict__:
+        # accelerate, when it unwraps, leaves the class's forward on the instance.
+        own = getattr(module.forward, "__func__", None) is type(module).forward
+        if "_original" not in vars(type(module)) or not own:
             raise ValueError(
                 f"model: {name or type(module).__name__} was wrapped after patch(); undo that first "
                 "(accelerate: accelerator.unwrap_model(model, keep_fp32_wrapper=False))"
             )
     for _, module in swapped:
+        module.__dict__.pop("forward", None)
         module.__class__ = type(module)._original
 
 
