@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wikigpt.kernels import geglu, gelu, layer_norm, linear_cross_entropy, rms_norm, swiglu
+from wikigpt.kernels import bias_gelu, geglu, layer_norm, linear_cross_entropy, rms_norm, swiglu
 from wikigpt.kernels.rotary import apply_rotary_emb_qk
 
 # --- classes that take a module's place -----------------------------------------------------------------------------
@@ -96,7 +96,7 @@ class _GELU(_Swapped):
     _approximate: str
 
     def forward(self, x: Tensor) -> Tensor:
-        return gelu(x, self._approximate)
+        return bias_gelu(x, approximate=self._approximate)
 
 
 class _GatedMLP(_Swapped):
