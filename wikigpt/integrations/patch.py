@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wikigpt.kernels import bias_gelu, geglu, layer_norm, linear_cross_entropy, rms_norm, swiglu
+from wikigpt.kernels._dispatch import forced_backend
 from wikigpt.kernels.rotary import apply_rotary_emb_qk
 
 # --- classes that take a module's place -----------------------------------------------------------------------------
@@ -67,6 +68,11 @@ def _copy_of(function: Any, namespace: dict[str, Any]) -> types.FunctionType:
     return copied
 
 
+def _nothing_to_gain(x: Tensor) -> bool:
+    """Whether our op would call the operators of PyTorch that the module's own forward calls, with more around them."""
+    return x.is_cpu and forced_backend() is None
+
+
 class _RMSNorm(_Swapped):
     _kind = "norm"
     weight: Tensor
@@ -74,8 +80,8 @@ class _RMSNorm(_Swapped):
     _unit_offset: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != self.weight.dtype:
-            return super().forward(x)  # which dtype comes out differs from model to model
+        if _nothing_to_gain(x) or x.dtype != self.weight.dtype:  # which dtype comes out differs from model to model
+            return super().forward(x)
         return rms_norm(x, self.weight, getattr(self, self._eps), unit_offset=self._unit_offset)
 
 
@@ -86,7 +92,7 @@ class _LayerNorm(_Swapped):
     _eps: str
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != self.weight.dtype:
+        if _nothing_to_gain(x) or x.dtype != self.weight.dtype:
             return super().forward(x)
         return layer_norm(x, self.weight, self.bias, getattr(self, self._eps))
 
@@ -108,6 +114,8 @@ class _GatedMLP(_Swapped):
     act_fn: Any
 
     def forward(self, x: Tensor) -> Tensor:
+        if _nothing_to_gain(x):
+            return super().forward(x)
         gate, up = self.gate_proj(x), self.up_proj(x)
         hidden = swiglu(gate, up) if self._approximate is None else geglu(gate, up, self._approximate)
         return self.down_proj(hidden)
@@ -195,7 +203,7 @@ def _with_our_rotary(forward: Any, name: str) -> types.FunctionType:
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         # Under autocast q and k are narrower than cos; theirs gives the wider dtype, and attention narrows it again.
         plain = q.dtype == cos.dtype or torch.is_autocast_enabled(q.device.type)
-        if args or kwargs or not plain or q.dim() != 4:
+        if args or kwargs or not plain or q.dim() != 4 or _nothing_to_gain(q):
             return theirs(q, k, cos, sin, *args, **kwargs)
         half = cos.shape[-1] // 2
         cos, sin = cos[..., :half], sin[..., :half]  # (B or 1, S, R / 2)
