@@ -45,7 +45,8 @@ def build(family: str, width: int, layers: int, vocabulary: int, length: int) ->
     if family == "Llama":
         return transformers.LlamaForCausalLM(
             transformers.LlamaConfig(
-                vocab_size=vocabulary, hidden_size=width, intermediate_size=width * 11 // 4 // 32 * 32, num_hidden_layers=layers,
+                vocab_size=vocabulary, hidden_size=width, intermediate_size=width * 11 // 4 // 32 * 32,
+                num_hidden_layers=layers,
                 num_attention_heads=heads, num_key_value_heads=max(1, heads // 4), max_position_embeddings=length + 16,
                 eos_token_id=None,
             )
@@ -81,7 +82,7 @@ def measure(device: str, sizes: str, family: str, shape: tuple[int, ...]) -> dic
     def generation(model: Any) -> torch.Tensor:
         return model.generate(ids[:1, :16], max_new_tokens=16, min_new_tokens=16, do_sample=False, pad_token_id=0)
 
-    tolerance = {"rtol": 0.05, "atol": 0.02} if device == "cuda" else {"rtol": 1e-3, "atol": 1e-4}
+    tolerance: Any = {"rtol": 0.05, "atol": 0.02} if device == "cuda" else {"rtol": 1e-3, "atol": 1e-4}
     torch.testing.assert_close(*(training_step(model) for model in models.values()), **tolerance)
     for a, b in zip(ours.parameters(), plain.parameters()):
         torch.testing.assert_close(a.grad, b.grad, **tolerance)
