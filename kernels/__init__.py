@@ -7,6 +7,7 @@ Each op stands in one file (or folder) of its name: reference, kernel, registere
 # As top-level `kernels` the folder is found by accident, where the repository's root is on sys.path: transformers probes for
 # Hugging Face's package of that name. A second copy of the operators would take the place of the first.
 if __name__ != "kernels":
+    from . import layers
     from ._dispatch import BACKENDS, backend, debug_checks, explain, ops
     from .activation import bias_gelu, geglu, gelu, swiglu
     from .attention import (
@@ -49,6 +50,7 @@ __all__ = [
     "geglu",
     "gelu",
     "layer_norm",
+    "layers",
     "linear_cross_entropy",
     "ops",
     "rms_norm",

@@ -234,9 +234,9 @@ def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     if ctx.inplace and logits.stride(-1) == 1:
         # Detached, it still counts as changed: a second backward over the same graph is refused by autograd.
         logits = logits.detach()
-        torch.ops.wikigpt.cross_entropy_backward_(grad_loss, lse, logits, target, weight, *ctx.options)
+        _grad_(grad_loss, lse, logits, target, weight, *ctx.options)
         return logits, *nothing
-    return torch.ops.wikigpt.cross_entropy_backward(grad_loss, lse, logits, target, weight, *ctx.options), *nothing
+    return _grad(grad_loss, lse, logits, target, weight, *ctx.options), *nothing
 
 
 _forward.register_autograd(_backward, setup_context=_setup_context)

@@ -278,7 +278,7 @@ def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
         return None, None, None, None, *nothing
     if ctx.reduction == "none":
         input, linear_weight, target, *bias = ctx.saved_tensors
-        _, d_input, d_weight, d_bias, *_ = torch.ops.wikigpt.linear_cross_entropy(
+        _, d_input, d_weight, d_bias, *_ = _op(
             input,
             linear_weight,
             bias[0] if bias else None,
@@ -471,7 +471,7 @@ def _backward_triton(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     if grad_loss is None:
         return None, None, None, *nothing
     needs = ctx.needs_input_grad[:3]
-    grads = torch.ops.wikigpt.linear_cross_entropy_backward(grad_loss, *ctx.saved_tensors, *ctx.options, ctx.filtering, *needs)
+    grads = _gradients(grad_loss, *ctx.saved_tensors, *ctx.options, ctx.filtering, *needs)
     return *(grad if needed else None for grad, needed in zip(grads, needs)), *nothing
 
 

@@ -245,7 +245,7 @@ def _backward(ctx, dy, dh, *_):  # type: ignore[no-untyped-def]
     needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
     # Without dropout both summands of h have one gradient, which one tensor holds if they have one dtype.
     shared = seed is None and ctx.dtype == h.dtype
-    dx, dresidual, dweight, dbias = torch.ops.wikigpt.norm_backward(
+    dx, dresidual, dweight, dbias = _norm_backward(
         torch.zeros_like(h, dtype=ctx.dtype) if dy is None else dy, dh if ctx.keep_h else None, h, weight,
         None if ctx.rms else mean, rstd, seed, ctx.dropout_p, ctx.unit_offset, ctx.dtype,
         ctx.bias_dtype if needs_bias else None, needs_residual and not shared, needs_weight,

@@ -1,7 +1,7 @@
 """The registered operators of attention, and what is common to its implementations.
 
-torch.ops.wikigpt.attention takes one checked problem (reference.Inputs, flattened) and gives (out, lse), both with a
-gradient; torch.ops.wikigpt.attention_backward is its backward. `implementation` names who computes: "triton" or "cpu".
+The operator attention takes one checked problem (reference.Inputs, flattened) and gives (out, lse), both with a
+gradient; attention_backward is its backward. `implementation` names who computes: "triton" or "cpu".
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
     left = iter(saved)
     tensors = [next(left) if present else None for present in ctx.present]
     needs = ctx.needs_input_grad
-    grads = torch.ops.wikigpt.attention_backward(
+    grads = _attention_backward(
         out, lse, torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, needs[3], *tensors, *ctx.options
     )
     dq, dk, dv, dbias, dsink = grads
@@ -196,7 +196,7 @@ def _vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
         return tensor.flatten(0, 1)
 
     inputs = [join(name) if name != "s_aux" else tensors[6] for name in _TENSORS]
-    out, lse = torch.ops.wikigpt.attention(*inputs, *options)
+    out, lse = _attention(*inputs, *options)
     return (out.unflatten(0, (n, batch)), lse.unflatten(0, (n, batch))), (0, 0)
 
 

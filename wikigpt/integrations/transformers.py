@@ -23,6 +23,8 @@ from torch.utils._pytree import tree_map_only
 
 from wikigpt.kernels import flash_attn_func, flash_attn_varlen_func
 
+from .patch import patch, unpatch
+
 NAME = "wikigpt"
 
 
@@ -263,4 +265,4 @@ def wikigpt_attention_forward(
     return flash_attn_func(q, k, v, attn_mask=mask, attn_bias=bias, **options).contiguous(), None
 
 
-__all__ = ["NAME", "DescribedMask", "register", "wikigpt_attention_forward", "wikigpt_mask"]
+__all__ = ["NAME", "DescribedMask", "patch", "register", "unpatch", "wikigpt_attention_forward", "wikigpt_mask"]
