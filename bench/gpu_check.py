@@ -96,7 +96,7 @@ def sanitizer(args: argparse.Namespace) -> dict[str, Any]:
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if args.device == "cpu" or not Path(tool).exists():
         return {"passed": True, "summary": "not run: " + ("no GPU" if args.device == "cpu" else "no compute-sanitizer here")}
-    selection = ["tests/test_attention_gpu.py", "-k", "small_set"]
+    selection = ["tests/test_attention_gpu.py", "tests/test_norm_gpu.py", "-k", "small_set"]
     return _pytest_each(
         [selection] * 2, [[tool, "--tool", name, "--error-exitcode", "9"] for name in ("memcheck", "racecheck")]
     )
