@@ -187,7 +187,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cr
     c.rows = lanes(c.count);
     k.pack(p, c);
     for (int64_t t = 0; t < threads; ++t) {
-      std::fill_n(running + t * 3 * rows, rows, -std::numeric_limits<float>::infinity());
+      std::fill_n(running + t * 3 * rows, rows, std::numeric_limits<float>::lowest());
       std::fill_n(running + t * 3 * rows + rows, 2 * rows, 0.0f);
     }
     for_each_tile([&](int64_t thread, const Tile& t, float* l) {

@@ -329,17 +329,17 @@ def test_a_weight_tied_to_the_embedding_gets_both_gradients(implementation):
     torch.testing.assert_close(grad(lce), grad(linear_cross_entropy_reference))
 
 
-@pytest.mark.parametrize("implementation", ["chunked", "triton"], indirect=True)
 def test_a_part_of_the_vocabulary_may_be_closed_by_a_bias_of_minus_infinity(implementation):
-    x, w, b, y = problem(9, 6, 400, ignore=False)
-    closed = torch.arange(400) < 140  # the first chunk of three, and more
+    x, w, b, y = problem(9, 6, 1000, ignore=False)
+    closed = torch.arange(1000) < 700  # the first chunk of three, whole tiles of C++, and more
     b[closed] = -math.inf
-    y = y.clamp(140)
+    y = y.clamp(700)
     ours = gradients(lce, x, w, b, y, torch.tensor(1.0), torch.float32)
     plain = gradients(linear_cross_entropy_reference, x, w, b, y, torch.tensor(1.0), torch.float32)
     for o, p in zip(ours, plain):
         torch.testing.assert_close(o, p)
-    assert (ours[2][closed] == 0).all()
+    # The exponential of csrc/ ends at 2e-38.
+    assert (ours[2][closed].abs() <= (1e-37 if implementation == "csrc" else 0)).all()
 
 
 # --- Triton ---------------------------------------------------------------------------------------------------------
