@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 NAMESPACE = "wikigpt"
 """Namespace of the registered operators (torch.ops.<NAMESPACE>)."""
@@ -135,6 +137,17 @@ def only_on(*device_types: str) -> Callable[[str], str | None]:
 def interpreting() -> bool:
     """Whether Triton interprets kernels on the CPU instead of compiling them (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode derivatives are asked for."""
+    return any(tensor is not None and unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
+    """NotImplementedError for forward-mode derivatives, which a registered operator would drop in silence."""
+    if not torch.compiler.is_compiling() and has_tangent(*tensors):
+        raise NotImplementedError(f"{op} has no forward-mode derivative (use backend='reference')")
 
 
 @functools.cache

@@ -20,9 +20,17 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
-from ._dispatch import NAMESPACE, Implementation, choose, forced_backend, register, why_not_triton
+from ._dispatch import (
+    NAMESPACE,
+    Implementation,
+    choose,
+    forced_backend,
+    has_tangent,
+    refuse_forward_mode,
+    register,
+    why_not_triton,
+)
 from .attention.op import seed_for
 from .attention.reference import keep_mask
 
@@ -168,8 +176,7 @@ def _triton(
     seed = seed_for(dropout_p, gate.device)
     if gate.dtype == torch.float64:
         return activation_reference(gate, up, gate_bias, up_bias, seed, activation, packed, dropout_p)
-    if not torch.compiler.is_compiling() and _has_tangent(gate, up, gate_bias, up_bias):
-        raise NotImplementedError("activations have no forward-mode derivative (use backend='reference')")
+    refuse_forward_mode("activation", gate, up, gate_bias, up_bias)
     return _activation(gate, up, gate_bias, up_bias, seed, activation, packed, dropout_p)
 
 
@@ -217,14 +224,9 @@ class _Packed(torch.autograd.Function):
         return dx, None
 
 
-def _has_tangent(*tensors: Tensor | None) -> bool:
-    """Whether forward-mode derivatives are asked for, which an operator without a formula for them drops in silence."""
-    return any(tensor is not None and unpack_dual(tensor).tangent is not None for tensor in tensors)
-
-
 def _is_eager(*tensors: Tensor | None) -> bool:
     """Whether neither a compiler nor torch.func transforms what is called."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or _has_tangent(*tensors))
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or has_tangent(*tensors))
 
 
 def _torch(

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import NAMESPACE, Implementation, checks_values, choose, register, why_not_triton
+from ._dispatch import NAMESPACE, Implementation, checks_values, choose, refuse_forward_mode, register, why_not_triton
 
 
 class CrossEntropyAux(NamedTuple):
@@ -265,6 +265,7 @@ def _triton(
         return cross_entropy_reference(
             logits, target, weight, reduction, ignore_index, label_smoothing, softcap, z_loss, False, return_aux
         )
+    refuse_forward_mode("cross_entropy", logits)
     # Under torch.compile it is the compiler that decides what memory is used again.
     inplace = inplace_backward and not torch.compiler.is_compiling()
     loss, lse, target_logits, correct = _forward(

@@ -25,7 +25,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import NAMESPACE, Implementation, checks_values, choose, extension, only_on, register, why_not_triton
+from ._dispatch import (
+    NAMESPACE,
+    Implementation,
+    checks_values,
+    choose,
+    extension,
+    only_on,
+    refuse_forward_mode,
+    register,
+    why_not_triton,
+)
 from .cross_entropy import (
     CrossEntropyAux,
     check_devices,
@@ -336,6 +346,7 @@ def _fused(
             z_loss,
             return_aux=return_aux,
         )
+    refuse_forward_mode("linear_cross_entropy", input, linear_weight, linear_bias)
     grad = torch.is_grad_enabled()
     loss, _, _, _, lse, target_logits, correct = _op(
         input,
@@ -523,6 +534,7 @@ def _triton(
         )
     if checks_values(input.device.type):
         check_targets(target, linear_weight.shape[0], ignore_index)
+    refuse_forward_mode("linear_cross_entropy", input, linear_weight, linear_bias)
     leaves = [tensor for tensor in (input, linear_weight, linear_bias) if tensor is not None]
     grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in leaves)
     input = input.to(dtype)

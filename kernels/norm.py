@@ -18,9 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.forward_ad import unpack_dual
 
-from ._dispatch import NAMESPACE, Implementation, choose, register, why_not_triton
+from ._dispatch import NAMESPACE, Implementation, choose, refuse_forward_mode, register, why_not_triton
 from .attention.op import seed_for
 from .attention.reference import keep_mask
 
@@ -281,9 +280,7 @@ def _run(
     unit_offset: bool,
 ) -> Any:
     tensors = [tensor for tensor in (x, weight, bias, residual) if tensor is not None]
-    # A registered op without a forward-mode formula drops tangents in silence.
-    if not torch.compiler.is_compiling() and any(unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise NotImplementedError("layer_norm and rms_norm have no forward-mode derivative (use backend='reference')")
+    refuse_forward_mode("rms_norm" if rms else "layer_norm", *tensors)
     grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     summed = residual is not None or dropout_p > 0
     seed = seed_for(dropout_p, x.device)

@@ -16,9 +16,17 @@ import importlib
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
-from ._dispatch import NAMESPACE, Implementation, choose, forced_backend, register, why_not_triton
+from ._dispatch import (
+    NAMESPACE,
+    Implementation,
+    choose,
+    forced_backend,
+    has_tangent,
+    refuse_forward_mode,
+    register,
+    why_not_triton,
+)
 
 # --- reference ------------------------------------------------------------------------------------------------------
 
@@ -120,11 +128,6 @@ class _InPlace(torch.autograd.Function):
 # --- implementations ------------------------------------------------------------------------------------------------
 
 
-def _has_tangent(*tensors: Tensor) -> bool:
-    """Whether forward-mode derivatives are asked for, which an operator without a formula for them drops in silence."""
-    return any(unpack_dual(x).tangent is not None for x in tensors)
-
-
 def _triton(
     tensors: tuple[Tensor, ...], cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inplace: bool
 ) -> tuple[Tensor, ...]:
@@ -135,8 +138,7 @@ def _triton(
     for name, table in (("cos", cos), ("sin", sin)):
         if table.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: requires a gradient, which 'triton' does not compute (use backend='reference')")
-    if not compiling and _has_tangent(*tensors, cos, sin):
-        raise NotImplementedError("rotary has no forward-mode derivative (use backend='reference')")
+    refuse_forward_mode("rotary", *tensors, cos, sin)
     if not inplace or compiling:  # the compiler itself finds what can be overwritten
         turned = _rotary(q, k, cos, sin, positions, interleaved, False)[: len(tensors)]
         return tuple(x.copy_(y) for x, y in zip(tensors, turned)) if inplace else tuple(turned)
@@ -192,7 +194,7 @@ def _turn_on_cpu(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, 
         if complex_view:
             return _turn_pairs(x, *_angles(cos, sin, positions))
     # Below this size the calls count, not the passes.
-    elif x.numel() >= 2**16 and not (cos.requires_grad or sin.requires_grad or _has_tangent(x, cos, sin)):
+    elif x.numel() >= 2**16 and not (cos.requires_grad or sin.requires_grad or has_tangent(x, cos, sin)):
         return _Halves.apply(x, *_angles(cos, sin, positions), 1)
     return apply_rotary_emb_reference(x, cos, sin, positions, interleaved)
 

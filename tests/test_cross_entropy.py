@@ -265,6 +265,12 @@ def test_activation_checkpointing_gives_the_same_gradient(triton):
     assert torch.equal(a.grad, b.grad)
 
 
+def test_there_is_no_forward_mode_derivative_and_it_says_so(triton):
+    logits, target = torch.randn(3, 7), torch.randint(7, (3,))
+    with pytest.raises(NotImplementedError, match="cross_entropy has no forward-mode derivative"):
+        torch.func.jvp(lambda z: cross_entropy(z, target), (logits,), (torch.ones_like(logits),))
+
+
 def test_there_is_no_second_derivative_and_it_says_so(triton):
     z, y = problem(4, 9)
     z.requires_grad_()

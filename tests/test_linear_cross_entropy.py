@@ -502,6 +502,12 @@ def test_triton_compiles_without_a_graph_break(small_chunks, options):
         torch.testing.assert_close(o, e)
 
 
+def test_there_is_no_forward_mode_derivative_and_it_says_so(implementation):
+    x, w, _, y = problem(5, 6, 40, bias=False)
+    with pytest.raises(NotImplementedError, match="linear_cross_entropy has no forward-mode derivative"):
+        torch.func.jvp(lambda x: lce(x, w, y), (x,), (torch.ones_like(x),))
+
+
 def test_triton_has_no_second_derivative_and_says_so(small_chunks):
     x, w, _, y = problem(4, 6, 9, bias=False)
     x.requires_grad_()

@@ -12,9 +12,8 @@ from dataclasses import fields
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
-from .._dispatch import NAMESPACE, Implementation, choose, only_on, register, why_not_triton
+from .._dispatch import NAMESPACE, Implementation, choose, only_on, refuse_forward_mode, register, why_not_triton
 from .fused import fused, why_not
 from .reference import Inputs, attention_reference
 
@@ -206,11 +205,7 @@ _attention.register_vmap(_vmap)
 def _run(x: Inputs, implementation: str) -> tuple[Tensor, Tensor]:
     if x.q.dtype == torch.float64 and implementation == "triton":
         return attention_reference(x)
-    # A registered op without a forward-mode formula drops tangents in silence.
-    if not torch.compiler.is_compiling() and any(
-        tensor is not None and unpack_dual(tensor).tangent is not None for tensor in (x.q, x.k, x.v, x.bias, x.s_aux)
-    ):
-        raise NotImplementedError("attention has no forward-mode derivative (use backend='reference')")
+    refuse_forward_mode("attention", x.q, x.k, x.v, x.bias, x.s_aux)
     out, lse = _attention(*[getattr(x, name) for name in _NAMES], implementation)
     return out, lse
 
