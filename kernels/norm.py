@@ -91,7 +91,10 @@ def _sum_torch(x: Tensor, residual: Tensor | None, dropout_p: float) -> Tensor:
     if dropout_p > 0:
         h = F.dropout(_upcast(x), dropout_p)
         return h.to(x.dtype) if residual is None else (h + residual).to(residual.dtype)
-    return x if residual is None else (x + residual).to(residual.dtype)
+    if residual is None:
+        return x
+    h = x + residual
+    return h if h.dtype == residual.dtype else h.to(residual.dtype)
 
 
 def _layer_norm_torch(
@@ -344,13 +347,15 @@ def _check(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None, dropout_p: float
 ) -> None:
     size = x.shape[-1:]
-
-    def fits(tensor: Tensor | None, shape: torch.Size) -> bool:
-        return tensor is None or (tensor.shape == shape and tensor.is_floating_point() and tensor.device == x.device)
-
     # One expression for what is nearly always so: generation calls this thousands of times a second.
+    device = x.device
     if (
-        fits(weight, size) and fits(bias, size) and fits(residual, x.shape)
+        (weight is None or (weight.shape == size and weight.device == device and weight.is_floating_point()))
+        and (bias is None or (bias.shape == size and bias.device == device and bias.is_floating_point()))
+        and (
+            residual is None
+            or (residual.shape == x.shape and residual.device == device and residual.is_floating_point())
+        )
         and eps >= 0 and 0 <= dropout_p < 1 and x.is_floating_point() and size and size[0]
     ):  # fmt: skip
         return
