@@ -173,6 +173,7 @@ def _cpu(
             needs,
             aux,
         )
+    check_targets(target, linear_weight.shape[0], ignore_index)
     loss, lse, d_input, d_weight, d_bias = torch.ops.wikigpt.linear_cross_entropy_cpu(
         input,
         linear_weight.float(),
