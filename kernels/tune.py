@@ -27,7 +27,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -67,7 +67,7 @@ class Part:
     today: Config
     candidates: list[Config]
     force: Callable[[Config], AbstractContextManager[object]]
-    problems: dict[str, Callable[[str], Problem]]
+    problems: Mapping[str, Callable[[str], Problem]]
     multiplies: bool = False
     variants: Callable[[Config], list[Config]] = lambda config: []
 
@@ -123,7 +123,7 @@ def _attention_problem(batch: int, s: int, causal: bool, d: int, direction: str,
     from .attention.forward import forward
     from .attention.reference import Inputs, attention_reference
 
-    heads = 2 if device == "cpu" else 2048 // d
+    heads = 1 if device == "cpu" else 2048 // d
     q, k, v, grad = (_normal(device, batch, s, heads, d, seed=i) for i in range(4))
     x = Inputs(q, k, v, softmax_scale=d**-0.5, window_right=0 if causal else -1)
 
@@ -150,6 +150,12 @@ def _attention_problem(batch: int, s: int, causal: bool, d: int, direction: str,
     return Problem(run, head, expected)
 
 
+def _force_row(rows: Any, direction: str, row: Config) -> AbstractContextManager[object]:
+    from .attention import config
+
+    return config.force(replace(rows, **{direction: row}))
+
+
 def _attention(arch: int, shapes: list[Shape], head_dims: list[int]) -> list[Part]:
     from .attention import config
     from .attention.config import Row, Rows
@@ -161,7 +167,7 @@ def _attention(arch: int, shapes: list[Shape], head_dims: list[int]) -> list[Par
         q = torch.empty(1, 1, 1, d, dtype=dtype, device="meta")
         with compile_only(arch) if arch else contextlib.nullcontext():
             today: Rows = config.rows(Inputs(q, q, q))
-        sizes = {
+        sizes: dict[str, tuple[tuple[int, ...], ...]] = {
             "forward": ((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)),
             "dq": ((64, 128), (32, 64, 128), (4, 8), (1, 2, 3)),
             "dkdv": ((16, 32, 64), (64, 128), (4, 8), (1, 2, 3)),
@@ -170,7 +176,7 @@ def _attention(arch: int, shapes: list[Shape], head_dims: list[int]) -> list[Par
             if arch == 0:
                 choices = ((16, 32), (16, 32), (1,), (1,))
             tma = (False, True) if arch >= 90 else (False,)
-            all_rows = [Row(*four, tma=t) for *four, t in itertools.product(*choices, tma)]  # type: ignore[arg-type]
+            all_rows = [Row(m, n, w, s, tma=t) for m, n, w, s in itertools.product(*choices) for t in tma]
             now = getattr(today, direction)
             problems = {
                 f"{b}x{s}{'c' if c else ''}": functools.partial(_attention_problem, b, s, c, d, direction)
@@ -182,7 +188,7 @@ def _attention(arch: int, shapes: list[Shape], head_dims: list[int]) -> list[Par
                     (f"_{direction}",),
                     now,
                     _nearest_first(now, all_rows),
-                    lambda row, today=today, direction=direction: config.force(replace(today, **{direction: row})),
+                    functools.partial(_force_row, today, direction),
                     problems,
                     multiplies=True,
                     variants=lambda row: [replace(row, persistent=not row.persistent)],
@@ -201,14 +207,15 @@ def _decode_problem(batch: int, context: int, d: int, paged: bool, device: str) 
     k, v = (_normal(device, batch, context, groups, d, seed=i) for i in (1, 2))
     lengths = torch.full((batch,), context, dtype=torch.int32, device=device)
     table = torch.arange(batch * context // page, dtype=torch.int32, device=device).view(batch, -1) if paged else None
-    caches = [t.view(-1, page, groups, d) if paged else t for t in (k, v)]
+    k_cache, v_cache = (t.view(-1, page, groups, d) if paged else t for t in (k, v))
     x = CacheInputs(
-        q, *caches, None, None, None, None, lengths, None, None, table, None, None, seqlen=None, softmax_scale=d**-0.5,
+        q, k_cache, v_cache, None, None, None, None, lengths, None, None, table, None, None, seqlen=None, softmax_scale=d**-0.5,
         window_left=-1, window_right=-1, softcap=0.0, rotary_interleaved=False, num_splits=0,
     )  # fmt: skip
 
     def expected(dtype: torch.dtype) -> list[Tensor]:
-        return [attention_reference(Inputs(*(t[-1:].to(dtype) for t in (q, k, v)), softmax_scale=d**-0.5))[0]]
+        last_q, last_k, last_v = (t[-1:].to(dtype) for t in (q, k, v))
+        return [attention_reference(Inputs(last_q, last_k, last_v, softmax_scale=d**-0.5))[0]]
 
     return Problem(lambda: list(forward(x)), lambda results: [results[0][-1:]], expected)
 
@@ -220,7 +227,8 @@ def _attention_decode(arch: int, shapes: list[Shape], head_dims: list[int]) -> l
     parts = []
     for d, paged in itertools.product(head_dims, (False, True)):
         dtype = torch.float32 if arch == 0 else torch.bfloat16
-        today = Row(*decode.config(arch, d, dtype, 2 if arch == 0 else 4, paged).values())
+        m, n, warps, stages = decode.config(arch, d, dtype, 2 if arch == 0 else 4, paged).values()
+        today = Row(m, n, warps, stages)
         choices = ((16,), (32, 64, 128, 256), (2, 4, 8), (2, 3, 4, 5)) if arch else ((16,), (16, 32), (1,), (1,))
         problems = {
             f"{b}x{n}": functools.partial(_decode_problem, b, n, d, paged)
@@ -233,7 +241,7 @@ def _attention_decode(arch: int, shapes: list[Shape], head_dims: list[int]) -> l
             }  # fmt: skip
             return _patched(decode, config=lambda *_: blocks)
 
-        rows = _nearest_first(today, (Row(*four) for four in itertools.product(*choices)))
+        rows = _nearest_first(today, (Row(m, n, w, s) for m, n, w, s in itertools.product(*choices)))
         name = f"{'paged' if paged else 'dense'}, head_dim {d}"
         parts.append(Part(name, ("_decode", "_combine"), today, rows, force, problems))
     return parts
@@ -246,25 +254,24 @@ def _norm_problem(m: int, n: int, rms: bool, backward: bool, device: str) -> Pro
     x, dy = (_normal(device, m, n, seed=i) for i in (0, 1))
     weight, bias = (_normal(device, n, seed=i) for i in (2, 3))
     shift = None if rms else bias
-    statistics_of = functools.partial(
-        norm_triton.forward, x, weight, shift, None, None, 1e-5, 0.0, rms, False, False, True
-    )  # fmt: skip
-    if device == "meta":
-        mean, rstd = None if rms else x.new_empty(m, dtype=torch.float32), x.new_empty(m, dtype=torch.float32)
-    elif backward:
-        _, _, mean, rstd = statistics_of()
+    forward = functools.partial(norm_triton.forward, x, weight, shift, None, None, 1e-5, 0.0, rms, False, False, True)
+    mean: Tensor | None = None if rms else x.new_empty(m, dtype=torch.float32)
+    rstd: Any = x.new_empty(m, dtype=torch.float32)
+    if backward and device != "meta":
+        _, _, mean, rstd = forward()
 
     def run() -> list[Tensor]:
         if not backward:
-            return [statistics_of()[0]]
+            return [forward()[0]]
         dx, _, dw, db = norm_triton.backward(
             dy, None, x, weight, mean, rstd, None, 0.0, False, x.dtype, None if rms else weight.dtype, False, True
         )
         return [t for t in (dx, dw, db) if t is not None]
 
     def expected(dtype: torch.dtype) -> list[Tensor]:
-        leaves = [t.to(dtype).requires_grad_() for t in (x, weight, *(() if rms else (bias,)))]
-        y = (rms_norm if rms else layer_norm)(*leaves, eps=1e-5, backend="reference")
+        leaves = [t.to(dtype).requires_grad_() for t in ((x, weight) if rms else (x, weight, bias))]
+        norm: Any = rms_norm if rms else layer_norm
+        y = norm(*leaves, eps=1e-5, backend="reference")
         return list(torch.autograd.grad(y, leaves, dy.to(dtype))) if backward else [y.detach()]
 
     return Problem(run, lambda results: results, expected)
@@ -317,18 +324,20 @@ def _activation_problem(rows: int, features: int, gated: bool, backward: bool, d
 
     gate, up, grad = (_normal(device, rows, features, seed=i) for i in range(3))
     bias = _normal(device, features, seed=3)
-    options = (gate, up, None, None) if gated else (gate, None, bias, None)
-    kind = "silu" if gated else "gelu"
+    # gate, up, their biases, the seed; activation, packed, dropout_p
+    options: tuple[Any, ...] = (*((gate, up, None) if gated else (gate, None, bias)), None, None)
+    options += ("silu" if gated else "gelu", False, 0.0)
 
     def run() -> list[Tensor]:
         if not backward:
-            return [activation_triton.forward(*options, None, kind, False, 0.0)]
-        found = activation_triton.backward(grad, not gated, False, *options, None, kind, False, 0.0)
+            return [activation_triton.forward(*options)]
+        found = activation_triton.backward(grad, not gated, False, *options)
         return [tensor for tensor in found if tensor is not None]
 
     def expected(dtype: torch.dtype) -> list[Tensor]:
         leaves = [t.to(dtype).requires_grad_() for t in ((gate, up) if gated else (gate, bias))]
-        y = (swiglu if gated else bias_gelu)(*leaves, backend="reference")
+        function: Any = swiglu if gated else bias_gelu
+        y = function(*leaves, backend="reference")
         return list(torch.autograd.grad(y, leaves, grad.to(dtype))) if backward else [y.detach()]
 
     return Problem(run, lambda results: results, expected)
@@ -368,10 +377,7 @@ def _rotary_problem(batch: int, length: int, interleaved: bool, device: str) -> 
     heads, groups, d = (4, 2, 16) if device == "cpu" else (32, 8, 128)
     q = _normal(device, batch, length, heads, d).transpose(1, 2)
     k = _normal(device, batch, length, groups, d, seed=1).transpose(1, 2)
-    if device == "meta":
-        cos = sin = torch.empty(length, d // 2, device=device)
-    else:
-        cos, sin = rotary_cos_sin(length, d, device=torch.device(device))
+    cos, sin = rotary_cos_sin(torch.arange(length, device=device), d)
 
     def run() -> list[Tensor]:
         return [t for t in turned(q, k, cos, sin, None, interleaved, False) if t is not None]
@@ -725,23 +731,23 @@ def best(part: Part, records: Records) -> str | None:
 def _print_part(part: Part, records: Records, tested: bool) -> None:
     today = records.get(part, part.today) or {}
     rows = ranked(part, records)
-    print(
-        f"\n== {part.name}: today {literal(part.today)}; {sum(r['verdict'] is None for r in rows)} of {len(rows)} candidates fit"
-    )
+    fitting = sum(row["verdict"] is None for row in rows)
+    print(f"\n== {part.name}: today {literal(part.today)}; {fitting} of {len(rows)} candidates fit")
     lines = [["", "row", *part.problems, "today / this", "registers", "spills, B", "shared, KiB", "blocks", "verdict"]]
     for row in rows:
-        facts, seconds = row.get("facts") or [], row.get("seconds", {})
-        gain = _score(today["seconds"]) / _score(seconds) if seconds and today.get("seconds") else None
-        fits = "measured" if seconds else ("not measured" if tested else "to be measured")
-        lines.append(
-            [
-                "*" if row["config"] == literal(part.today) else "", row["config"],
-                *(f"{seconds[name] * 1e6:.1f} us" if name in seconds else "" for name in part.problems),
-                f"{gain:.3f}" if gain else "", *(str(max(f[key] for f in facts)) if facts else "" for key in ("registers", "spills")),
-                f"{max(f['shared'] for f in facts) / 1024:.0f}" if facts else "", str(min(f["blocks"] for f in facts)) if facts else "",
-                row["verdict"] or fits,
-            ]
-        )  # fmt: skip
+        facts, seconds, mark = (
+            row.get("facts") or [],
+            row.get("seconds", {}),
+            "*" if row["config"] == literal(part.today) else "",
+        )
+        gain = f"{_score(today['seconds']) / _score(seconds):.3f}" if seconds and today.get("seconds") else ""
+        times = [f"{seconds[name] * 1e6:.1f} us" if name in seconds else "" for name in part.problems]
+        state = "measured" if seconds else "not measured" if tested else "to be measured"
+        static = [""] * 4
+        if facts:
+            registers, spills, shared = (max(fact[key] for fact in facts) for key in ("registers", "spills", "shared"))
+            static = [str(registers), str(spills), f"{shared / 1024:.0f}", str(min(fact["blocks"] for fact in facts))]
+        lines.append([mark, row["config"], *times, gain, *static, row["verdict"] or state])
     widths = [max(map(len, column)) for column in zip(*lines)]
     print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines))
 
