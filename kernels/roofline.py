@@ -194,8 +194,10 @@ def _activation_cases() -> Iterator[Case]:
 
 def _other_cases() -> Iterator[Case]:
     for b, s, heads, groups, d in ((8, 2048, 32, 8, 128), (8, 2048, 16, 16, 64), (64, 1, 32, 8, 128)):
-        work, group = rotary(b, s, heads, groups, d), f"halves, batch {b}, S {s}, {heads} + {groups} heads of {d}"
-        yield Case("rotary", f"forward, {b} x {s:,}, {heads} + {groups} heads of {d}", work, f"rotary forward, {group}")
+        work, name = rotary(b, s, heads, groups, d), f"{heads} + {groups} heads of {d}"
+        for direction, moved in (("forward", work), ("forward and backward", work + work)):
+            group = f"rotary {direction}, halves, batch {b}, S {s}, {name}"
+            yield Case("rotary", f"{direction}, {b} x {s:,}, {name}", moved, group)
     for n, d, v in ((8192, 1024, 33278), (8192, 4096, 128256), (4096, 4096, 128256)):
         for backward in (False, True):
             work, direction = linear_cross_entropy(n, d, v, backward), "forward and backward" if backward else "forward"
