@@ -289,13 +289,11 @@ def _norm(arch: int, shapes: list[Shape], head_dims: list[int]) -> list[Part]:
             backward_today = backward_blocks(n, 2 * size, size, rms, arch)
             today = backward_today if backward else forward_today
             found = [today]
-            for numbers in (1024, 2048, 4096, 8192, 16384):
+            for numbers, warps in itertools.product((1024, 2048, 4096, 8192), (4, 8, 16)):
                 if numbers >= width and today.block_n >= n:  # whole rows
-                    for warps in (4, 8, 16):
-                        if backward:
-                            found += [Blocks(numbers // width, width, warps, s, p) for s in (1, 2, 3) for p in (1, 2, 4)]
-                        else:
-                            found.append(Blocks(numbers // width, width, warps))
+                    whole = Blocks(numbers // width, width, warps)
+                    choices = itertools.product((1, 2, 3), (1, 2)) if backward else ((1, 1),)
+                    found += [replace(whole, num_stages=s, programs=p) for s, p in choices]
             if arch == 0:
                 found = [today, replace(today, block_m=2 * today.block_m)]
 
@@ -477,6 +475,9 @@ def _parts(op: str, arch: int, shapes: tuple[Shape, ...], head_dims: tuple[int, 
     return {part.name: part for part in OPS[op](arch, list(shapes), list(head_dims))}
 
 
+STUCK = 60.0  # seconds in which no compilation ends: what is left crashed its compiler or never will
+
+
 def why_not(kernels: list[Kernel], multiplies: bool) -> str | None:
     """Why a candidate is not worth a GPU's time, from what the compiler made of its kernels; None where it is."""
     for kernel in kernels:
@@ -516,8 +517,10 @@ def filtered(key: tuple[Any, ...], parts: list[Part], records: Records, jobs: in
             for index, config in enumerate(part.candidates):
                 if records.get(part, config) is None:
                     submit(part, index, list(part.problems))
-        while waiting and time.monotonic() < deadline:
+        progress = time.monotonic()
+        while waiting and time.monotonic() < min(deadline, progress + STUCK):
             done = [task for task in waiting if task.ready()]
+            progress = time.monotonic() if done else progress
             for task in done:
                 part, index, left = waiting.pop(task)
                 config, result = part.candidates[index], task.get()
@@ -657,8 +660,8 @@ def timed(
                     result = problem.part(problem.run())
                 found[name] = launches
                 verdict = verdict or disagreement(result, *answers[name])
-        except (triton.runtime.errors.OutOfResources, RuntimeError) as error:
-            verdict = f"does not run: {str(error).splitlines()[0]}"
+        except Exception as error:  # too much shared memory, an illegal access: of this candidate alone
+            verdict = f"does not run: {(str(error) or type(error).__name__).splitlines()[0]}"
         records.put(part, config, verdict=verdict)
         if device == "cuda":
             torch.cuda.synchronize()  # an error that stays ends the run here; the next one leaves this candidate out

@@ -29,12 +29,15 @@ ODD = re.compile("one row|token")  # cases whose rows lie at any address
 CHECKED = compile_report.CHECKED
 # Further rows, under the marker `full` (make test-full): op -> architecture -> cases.
 FULL: dict[str, dict[int, str]] = {
-    "attention": {80: "bfloat16 .* full", 86: "float", 89: "float", 100: "bfloat16 .* full|float", 120: "float"},
-    "attention_features": dict.fromkeys(ARCHITECTURES, "128 (everything|packed)"),
-    "norm": {89: CHECKED["norm"][86]},
-    "linear_cross_entropy": {89: CHECKED["linear_cross_entropy"][86]},
-    "activation": {89: CHECKED["activation"][86]},
-    "rotary": {89: CHECKED["rotary"][86]},
+    "attention": {
+        80: "bfloat16 .* full",
+        89: "bfloat16 .* causal",
+        90: "bfloat16 (64|256) full",
+        100: "bfloat16 .* full",
+        120: "float32 256 causal",
+    },
+    "attention_features": {80: "bfloat16 128 (everything|packed)", 86: "bfloat16 128 packed"},
+    **{op: {89: CHECKED[op][86]} for op in ("norm", "linear_cross_entropy", "activation", "rotary")},
 }
 # Without matrix units: what limits them is how fast memory is read.
 MEMORY_BOUND = ("norm", "activation", "rotary")
