@@ -34,7 +34,7 @@ FULL: dict[str, dict[int, str]] = {
         89: "bfloat16 .* causal",
         90: "bfloat16 (64|256) full",
         100: "bfloat16 .* full",
-        120: "float32 256 causal",
+        120: "(bfloat16|float32) 256 causal",
     },
     "attention_features": {80: "bfloat16 128 (everything|packed)", 86: "bfloat16 128 packed"},
     **{op: {89: CHECKED[op][86]} for op in ("norm", "linear_cross_entropy", "activation", "rotary")},
