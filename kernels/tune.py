@@ -609,7 +609,7 @@ def disagreement(ours: list[Tensor], plain: list[Tensor], truth: list[Tensor]) -
     for i, (a, simple, true) in enumerate(zip(ours, plain, truth, strict=True)):
         error, allowed = (float((t.double() - true).abs().max()) for t in (a, simple))
         tiny = torch.finfo(a.dtype).eps / 4 + 32 * torch.finfo(torch.float32).eps
-        if not error <= 2 * allowed + tiny * max(1.0, float(true.abs().max())):
+        if not error <= 2 * allowed + tiny * float(true.abs().max()):
             return f"wrong: error {error:.2e} in result {i}, plain PyTorch's {allowed:.2e}"
     return None
 
