@@ -221,8 +221,8 @@ Tensor grad_norm(const Tensors grads, const std::optional<Tensor> grad_scale, co
       for (end = begin; end < order.size() && dtypes[order[end]] == dtypes[order[begin]]; ++end)
         run.push_back(entries[order[end]]);
       check_cuda(cuda_norm(
-          run.data(), static_cast<int>(run.size()), dtypes[order[begin]], partials.mutable_data_ptr<double>(), before, scale,
-          result.mutable_data_ptr(), wide, ticket_of(ticket, place), stream_of(grads[0])));
+          run.data(), static_cast<int>(run.size()), dtypes[order[begin]], partials.mutable_data_ptr<double>(), before,
+          end == order.size(), scale, result.mutable_data_ptr(), wide, ticket_of(ticket, place), stream_of(grads[0])));
       for (const Entry& e : run) before += cuda_norm_chunks(e.numel);
     }
     return result;

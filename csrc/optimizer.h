@@ -137,12 +137,12 @@ WIKIGPT_SHARED uint16_t round_stochastically(uint32_t bits, uint32_t random) {
 
 // --- CUDA (optimizer.cu). Return a cudaError_t. ---
 
-// Norm of gradients of one dtype, in chunks whose sums of squares go to `partials`, at most `norm_chunks` of them. `result`
-// (float or double) gets the norm of all partials[0, before + chunks of this launch), divided by grad_scale.
+// Sums of squares of gradients of one dtype, one for each chunk, into partials[before...]. Where these are the last ones,
+// `result` (float or double) gets the norm: the root of the sum of all partials, divided by grad_scale.
 int64_t cuda_norm_chunks(int64_t numel);
 int cuda_norm(
-    const Entry* entries, int count, Dtype dtype, double* partials, int64_t before, const float* grad_scale, void* result,
-    bool result_is_double, uint32_t* ticket, void* stream);
+    const Entry* entries, int count, Dtype dtype, double* partials, int64_t before, bool last, const float* grad_scale,
+    void* result, bool result_is_double, uint32_t* ticket, void* stream);
 
 int cuda_update(
     const Entry* entries, int count, const Group* groups, int group_count, const Options& options, Dtype param, Dtype state,
