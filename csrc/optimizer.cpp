@@ -3,6 +3,7 @@
 // Every tensor is cut into chunks of kChunk elements, and each thread takes a run of chunks. The norm walks each run from its
 // end to its beginning, the update from its beginning to its end: what the norm read last is still in the cache. A sum of
 // squares for each chunk, added in the order of chunks, gives one norm whatever the number of threads.
+#include "cuda_stream.h"
 #include "optimizer.h"
 
 #include <torch/csrc/stable/accelerator.h>
@@ -177,11 +178,6 @@ uint32_t* ticket_of(const std::optional<Tensor>& ticket, const Layout& like) {
   return const_cast<uint32_t*>(static_cast<const uint32_t*>(scalar(ticket, like, ScalarType::Int, "ticket")));
 }
 
-void* stream_of(const Tensor& tensor) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return stream;
-}
 void check_cuda(int error) { STD_TORCH_CHECK(error == 0, "CUDA error ", error, " in the optimizer's kernels"); }
 #endif
 
@@ -222,7 +218,8 @@ Tensor grad_norm(const Tensors grads, const std::optional<Tensor> grad_scale, co
         run.push_back(entries[order[end]]);
       check_cuda(cuda_norm(
           run.data(), static_cast<int>(run.size()), dtypes[order[begin]], partials.mutable_data_ptr<double>(), before,
-          end == order.size(), scale, result.mutable_data_ptr(), wide, ticket_of(ticket, place), stream_of(grads[0])));
+          end == order.size(), scale, result.mutable_data_ptr(), wide, ticket_of(ticket, place),
+          current_cuda_stream(place.device_index)));
       for (const Entry& e : run) before += cuda_norm_chunks(e.numel);
     }
     return result;
@@ -342,7 +339,7 @@ void adamw_(
     const torch::stable::accelerator::DeviceGuard guard(params[0].get_device_index());
     check_cuda(cuda_update(
         entries.data(), static_cast<int>(n), groups.data(), static_cast<int>(groups.size()), o, param_dtype, state_dtype,
-        ticket_of(ticket, place), stream_of(params[0])));
+        ticket_of(ticket, place), current_cuda_stream(place.device_index)));
     return;
 #else
     STD_TORCH_CHECK(false, "wikigpt._C was built without CUDA");

@@ -152,6 +152,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(
   if (!last || !last_launch) return;
   __threadfence();
   double all = 0;
+#pragma unroll 8
   for (long long k = threadIdx.x; k < before + chunks; k += kThreads) all += __ldcg(partials + k);
   all = sum_over_block(all);
   if (threadIdx.x == 0) {
