@@ -2,16 +2,10 @@
 // so that one library loads under builds of PyTorch with CUDA and without.
 #pragma once
 
+#include <dlfcn.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
-
-#ifdef _WIN32
-#define NOMINMAX
-#include <windows.h>
-#else
-#include <dlfcn.h>
-#endif
 
 namespace wikigpt {
 
@@ -19,15 +13,10 @@ using CurrentCudaStream = int32_t (*)(int32_t device, void** stream);
 
 // The function, or null where this PyTorch has no CUDA.
 inline CurrentCudaStream find_current_cuda_stream() {
-  constexpr const char* name = "aoti_torch_get_current_cuda_stream";
-#ifdef _WIN32
-  const HMODULE library = GetModuleHandleA("torch_cuda.dll");
-  return library == nullptr ? nullptr : reinterpret_cast<CurrentCudaStream>(GetProcAddress(library, name));
-#else
   // Only if it is loaded: RTLD_DEFAULT would not see it, as Python loads extensions without RTLD_GLOBAL.
   void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
-  return library == nullptr ? nullptr : reinterpret_cast<CurrentCudaStream>(dlsym(library, name));
-#endif
+  if (library == nullptr) return nullptr;
+  return reinterpret_cast<CurrentCudaStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
 }
 
 // A cudaStream_t.
