@@ -12,10 +12,10 @@ import pickle
 import pytest
 import torch
 from conftest import assert_as_accurate_as
-
-from wikigpt import kernels
 from wikigpt.kernels import FusedAdam, FusedAdamW, optimizer
 from wikigpt.kernels._dispatch import explain
+
+from wikigpt import kernels
 
 # More than one chunk of csrc/ and of the GPU, odd ends, one element, none, no dimension.
 SHAPES = [(29, 701), (17, 33), (5,), (1,), (0,), ()]

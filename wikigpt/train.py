@@ -161,8 +161,8 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
         if not self.one_pass and self.ema is not None:
             with torch.no_grad():
-                weights = list(self.model.parameters())
-                torch._foreach_lerp_(list(self.ema.parameters()), weights, 1 - self.config.ema_decay)
+                averages: list[Tensor] = list(self.ema.parameters())
+                torch._foreach_lerp_(averages, list(self.model.parameters()), 1 - self.config.ema_decay)
 
     def state_dict(self) -> list[dict[str, Any]]:
         """As torch's optimisers have them; the averages are the state of `ema` and not here."""
