@@ -25,11 +25,14 @@ if __name__ != "kernels":
     from .cross_entropy import CrossEntropyAux, cross_entropy
     from .linear_cross_entropy import linear_cross_entropy
     from .norm import LayerNorm, RMSNorm, layer_norm, rms_norm
+    from .optimizer import FusedAdam, FusedAdamW
     from .rotary import apply_rotary_emb, apply_rotary_emb_qk, rotary_cos_sin
 
 __all__ = [
     "BACKENDS",
     "CrossEntropyAux",
+    "FusedAdam",
+    "FusedAdamW",
     "LayerNorm",
     "RMSNorm",
     "alibi_slopes",

@@ -112,6 +112,47 @@ def test_the_moving_average_is_what_its_formula_says(text, tmp_path):
     torch.testing.assert_close(trainer.ema.wte.weight.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_checkpoint_of_torchs_adamw_resumes_and_gives_the_same_run(text, tmp_path):
+    """Run directories of earlier versions, whose optimiser was torch.optim.AdamW."""
+    whole = make_trainer(text, tmp_path / "whole", "ema_decay=0.9", "steps=6", "save_interval=100")
+    whole.run()
+    out = tmp_path / "run"
+    first = make_trainer(text, out, "ema_decay=0.9", "steps=6")
+    theirs = torch.optim.AdamW(first.optimizers.adamw.param_groups, betas=(0.9, 0.95))
+    for _ in range(3):
+        first.optimizers.adamw.step = lambda: None  # in its place:
+        first.optimizers.adamw.zero_grad = lambda set_to_none: None
+        first.train_step()
+        for group, own in zip(theirs.param_groups, first.optimizers.adamw.param_groups):
+            group["lr"] = own["lr"]
+        torch.nn.utils.clip_grad_norm_(first.model.parameters(), first.config.train.clip_grad_norm)
+        theirs.step()
+        theirs.zero_grad()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(first.ema.parameters()), list(first.model.parameters()), 0.1)
+    first.optimizers.state_dict = lambda: [theirs.state_dict()]
+    first._save()
+    resumed = make_trainer(text, out, "ema_decay=0.9", "steps=6", resume=True)
+    resumed.run()
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for a, b in zip(whole.ema.parameters(), resumed.ema.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_averages_are_saved_once(text, tmp_path):
+    trainer = make_trainer(text, tmp_path, "ema_decay=0.9", "steps=2")
+    trainer.run()
+    state = checkpoint.load(tmp_path / "last.pth")
+    assert {key for entry in state["optimizer"][0]["state"].values() for key in entry} == {"step", "exp_avg", "exp_avg_sq"}
+    again = make_trainer(text, tmp_path, "ema_decay=0.9", "steps=4", resume=True)
+    for p, q in zip(again.ema.parameters(), trainer.ema.parameters()):
+        assert torch.equal(p, q)
+    before = again.ema.wte.weight.clone()
+    again.train_step()
+    assert not torch.equal(again.ema.wte.weight, before)
+
+
 # --- batches --------------------------------------------------------------------------------------------------------
 
 
