@@ -13,7 +13,9 @@
 // bits. Sums of integers are the same in any order.
 #include "sampling.h"
 
+#ifdef __CUDACC__  // not where tests/emulated_sampling.cpp includes this file
 #include <cuda_runtime.h>
+#endif
 
 namespace wikigpt {
 namespace sampling {
@@ -25,7 +27,7 @@ constexpr int kBuckets = 2048;    // 1984 and some that stay empty: the same num
 constexpr int kBins = 512;        // of one further digit
 constexpr int kDigit = 9;         // its bits
 constexpr int kListed = 2048;     // places that fit shared memory
-constexpr int64_t kChunk = 1 << 19;  // tokens that 32-bit sums hold
+constexpr int kChunk = 1 << 19;   // tokens that 32-bit sums hold
 static_assert(kOctaves * kBucketsPerOctave <= kBuckets && 1 << kDigit == kBins);
 
 struct Half {
@@ -71,13 +73,14 @@ struct Logits {
   static constexpr int N = 16 / sizeof(T);
   const T* aligned;
   int lead;  // elements between `aligned` and the row
-  int64_t vocabulary;
+  int end;   // lead + vocabulary
 
-  __device__ Logits(const T* row, int64_t vocabulary) : vocabulary(vocabulary) {
+  __device__ Logits(const T* row, int64_t vocabulary) {
     lead = static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T));
     aligned = row - lead;
+    end = lead + static_cast<int>(vocabulary);
   }
-  __device__ int64_t vectors() const { return (lead + vocabulary + N - 1) / N; }
+  __device__ int vectors() const { return (end + N - 1) / N; }
 };
 
 template <typename T>
@@ -98,7 +101,11 @@ struct Sampler {
   Weights w;
 
   __device__ Sampler(Shared<THREADS>& shared, const T* row, int64_t vocabulary)
-      : shared(shared), x(row, vocabulary), thread(threadIdx.x), warp(threadIdx.x / kWarp), lane(threadIdx.x % kWarp) {}
+      : shared(shared),
+        x(row, vocabulary),
+        thread(static_cast<int>(threadIdx.x)),
+        warp(static_cast<int>(threadIdx.x) / kWarp),
+        lane(static_cast<int>(threadIdx.x) % kWarp) {}
 
   // --- reductions -----------------------------------------------------------------------------------------------------
 
@@ -106,15 +113,19 @@ struct Sampler {
     return __shfl_xor_sync(kAll, static_cast<unsigned long long>(value), distance);
   }
 
-  __device__ uint64_t least_of_block(uint64_t value) {
+  __device__ uint64_t least_of_warp(uint64_t value) {
     for (int distance = kWarp / 2; distance > 0; distance /= 2) {
       const uint64_t other = shuffle(value, distance);
       value = other < value ? other : value;
     }
+    return value;
+  }
+
+  __device__ uint64_t least_of_block(uint64_t value) {
+    value = least_of_warp(value);
     if (lane == 0) shared.partial[warp].count = value;
     __syncthreads();
-    value = shared.partial[0].count;
-    for (int i = 1; i < WARPS; ++i) value = shared.partial[i].count < value ? shared.partial[i].count : value;
+    value = least_of_warp(shared.partial[lane % WARPS].count);
     __syncthreads();
     return value;
   }
@@ -134,44 +145,49 @@ struct Sampler {
 
   // The sum over earlier threads; `total` over all.
   __device__ Sum exclusive_scan_of_block(Sum value, Sum& total) {
-    Sum inclusive{inclusive_scan_of_warp(value.count), inclusive_scan_of_warp(value.mass)};
+    const Sum inclusive{inclusive_scan_of_warp(value.count), inclusive_scan_of_warp(value.mass)};
     if (lane == kWarp - 1) shared.partial[warp] = inclusive;
     __syncthreads();
-    Sum before{};
-    total = {};
-    for (int i = 0; i < WARPS; ++i) {
-      if (i == warp) before = total;
-      total = total + shared.partial[i];
-    }
+    const Sum other = lane < WARPS ? shared.partial[lane] : Sum{};
+    total = {sum_of_warp(other.count), sum_of_warp(other.mass)};
+    const uint64_t count = sum_of_warp(lane < warp ? other.count : 0), mass = sum_of_warp(lane < warp ? other.mass : 0);
     __syncthreads();
-    return {before.count + inclusive.count - value.count, before.mass + inclusive.mass - value.mass};
+    return {count + inclusive.count - value.count, mass + inclusive.mass - value.mass};
   }
 
   // --- passes over the row --------------------------------------------------------------------------------------------
 
   // The logits of a vector; -inf beside the row, which its first and last vector may reach over.
-  __device__ void read(int64_t vector, float (&logits)[N]) const {
-    const int64_t first = vector * N - x.lead;
-    if (first >= 0 && first + N <= x.vocabulary) {
+  __device__ void read(int vector, float (&logits)[N]) const {
+    const int first = vector * N;
+    if (first >= x.lead && first + N <= x.end) {
       Vector<T> whole;
       whole.bits = __ldg(reinterpret_cast<const uint4*>(x.aligned) + vector);
+#pragma unroll
       for (int e = 0; e < N; ++e) logits[e] = whole.value[e];
     } else {
-      for (int e = 0; e < N; ++e) {
-        const int64_t i = first + e;
-        logits[e] = i >= 0 && i < x.vocabulary ? static_cast<float>(x.aligned[x.lead + i]) : -INFINITY;
-      }
+#pragma unroll
+      for (int e = 0; e < N; ++e)
+        logits[e] = first + e >= x.lead && first + e < x.end ? static_cast<float>(x.aligned[first + e]) : -INFINITY;
     }
+  }
+
+  template <typename F>
+  __device__ void in_vector(int vector, const F& f) const {
+    float logits[N];
+    read(vector, logits);
+#pragma unroll
+    for (int e = 0; e < N; ++e) f(logits[e], static_cast<uint32_t>(vector * N + e - x.lead));
   }
 
   // f(logit, index) for the vectors first + lane, first + lane + 32 ... before `end`, in their order.
   template <typename F>
-  __device__ void for_each_in(int64_t first, int64_t end, const F& f) const {
+  __device__ void in_vectors(int first, int end, const F& f) const {
     constexpr int AHEAD = 16 / N;  // vectors on their way at a time
-    const int64_t whole = end < (x.lead + x.vocabulary) / N ? end : (x.lead + x.vocabulary) / N;
-    int64_t v = first + lane;
-    if (v == 0 && x.lead > 0) {
-      one(v, f);
+    const int whole = min(end, x.end / N);
+    int v = first + lane;
+    if (v == 0) {  // may begin before the row
+      in_vector(0, f);
       v += kWarp;
     }
     for (; v + kWarp * (AHEAD - 1) < whole; v += kWarp * AHEAD) {
@@ -185,28 +201,20 @@ struct Sampler {
           f(static_cast<float>(ahead[u].value[e]), static_cast<uint32_t>((v + kWarp * u) * N + e - x.lead));
     }
 #pragma unroll 1
-    for (; v < end; v += kWarp) one(v, f);
-  }
-
-  template <typename F>
-  __device__ void one(int64_t vector, const F& f) const {
-    float logits[N];
-    read(vector, logits);
-#pragma unroll
-    for (int e = 0; e < N; ++e) f(logits[e], static_cast<uint32_t>(vector * N + e - x.lead));
+    for (; v < end; v += kWarp) in_vector(v, f);
   }
 
   // The part of the vectors first to end that this warp owns: the warps' parts follow each other.
   template <typename F>
-  __device__ void in_part(int64_t first, int64_t end, const F& f) const {
-    const int64_t each = ((end - first + WARPS - 1) / WARPS + kWarp - 1) / kWarp * kWarp;
-    const int64_t from = first + each * warp;
-    if (from < end) f(from, from + each < end ? from + each : end);
+  __device__ void in_part(int first, int end, const F& f) const {
+    const int each = ((end - first + WARPS - 1) / WARPS + kWarp - 1) / kWarp * kWarp;
+    const int from = first + each * warp;
+    if (from < end) f(from, min(from + each, end));
   }
 
   template <typename F>
-  __device__ void for_each(int64_t first, int64_t end, const F& f) const {
-    in_part(first, end, [&](int64_t from, int64_t to) { for_each_in(from, to, f); });
+  __device__ void for_each(int first, int end, const F& f) const {
+    in_part(first, end, [&](int from, int to) { in_vectors(from, to, f); });
   }
 
   // --- the filters ----------------------------------------------------------------------------------------------------
@@ -250,6 +258,7 @@ struct Sampler {
     const int first = thread * OWN, end = first + OWN < BINS ? first + OWN : BINS;
     Sum own{}, total;
     for (int bin = first; bin < end; ++bin) own = own + Sum{h.count[bin], h.mass[bin]};
+    __syncthreads();  // what an earlier call left has been read
     if (thread == 0) shared.found = -1;
     Sum here = before + exclusive_scan_of_block(own, total);  // which synchronises
     for (int bin = first; bin < end; ++bin) {
@@ -265,14 +274,14 @@ struct Sampler {
   }
 
   // Whole vectors that hold kChunk tokens.
-  static constexpr int64_t kChunkVectors = kChunk / N;
+  static constexpr int kChunkVectors = kChunk / N;
 
-  __device__ int chunks() const { return static_cast<int>((x.vectors() + kChunkVectors - 1) / kChunkVectors); }
+  __device__ int chunks() const { return (x.vectors() + kChunkVectors - 1) / kChunkVectors; }
 
   template <typename F>
   __device__ void for_each_of_chunk(int chunk, const F& f) const {
-    const int64_t first = chunk * kChunkVectors, end = first + kChunkVectors;
-    for_each(first, end < x.vectors() ? end : x.vectors(), f);
+    const int first = chunk * kChunkVectors;
+    for_each(first, min(first + kChunkVectors, x.vectors()), f);
   }
 
   __device__ Sum fill_buckets(bool counts, bool masses) {
@@ -319,13 +328,15 @@ struct Sampler {
       if (listing && thread == 0) shared.listed = 0;
       __syncthreads();
       uint64_t least = ~uint64_t{0}, most = 0;
+      bool full = false;
       for (int chunk = 0; chunk < (listed ? 1 : chunks()); ++chunk)
         candidates(chunk, [&](uint64_t place) {
           least = place < least ? place : least;
           most = place > most ? place : most;
-          if (!listing || *const_cast<volatile unsigned*>(&shared.listed) >= kListed) return;
+          if (!listing || full) return;
           const unsigned i = atomicAdd(&shared.listed, 1u);
-          if (i < kListed) shared.list[i] = place;
+          full = i >= kListed;
+          if (!full) shared.list[i] = place;
         });
       least = least_of_block(least);
       most = ~least_of_block(~most);
@@ -333,7 +344,7 @@ struct Sampler {
         upto = before + Sum{1, w.of(logit_of(least))};
         return least;
       }
-      listed = shared.listed < kListed;  // one less than fit: a full list may have lost some
+      listed = shared.listed <= kListed;
       const int differ = 64 - __clzll(static_cast<long long>(least ^ most));
       shift = differ > kDigit ? differ - kDigit : 0;
       all = true;
@@ -378,29 +389,36 @@ struct Sampler {
     }
     __syncthreads();
     if (warp != shared.found) return;
-    in_part(0, x.vectors(), [&](int64_t from, int64_t to) {
+    in_part(0, x.vectors(), [&](int from, int to) {
       uint64_t point = shared.point;
       for (; from < to; from += kWarp) {
+        const int vector = from + lane;
         float logits[N];
         uint64_t weights[N], own = 0;
-        const int64_t vector = from + lane;
         if (vector < to) read(vector, logits);
+#pragma unroll
         for (int e = 0; e < N; ++e) {
           weights[e] = vector < to ? weight(logits[e], static_cast<uint32_t>(vector * N + e - x.lead)) : 0;
           own += weights[e];
         }
-        const uint64_t inclusive = inclusive_scan_of_warp(own);
+        const uint64_t inclusive = inclusive_scan_of_warp(own), before = inclusive - own;
         const uint64_t total = __shfl_sync(kAll, static_cast<unsigned long long>(inclusive), kWarp - 1);
-        if (point < total) {
-          if (point < inclusive && point >= inclusive - own) {
-            point -= inclusive - own;
-            int e = 0;
-            for (; point >= weights[e]; ++e) point -= weights[e];
-            *id = vector * N + e - x.lead;
-          }
-          return;
+        if (point >= total) {
+          point -= total;
+          continue;
         }
-        point -= total;
+        if (point < before || point >= inclusive) return;
+        point -= before;
+        bool passed = true;
+#pragma unroll
+        for (int e = 0; e < N; ++e) {
+          if (passed && point < weights[e]) {
+            *id = vector * N + e - x.lead;
+            passed = false;
+          }
+          point -= weights[e];
+        }
+        return;
       }
     });
   }
@@ -420,8 +438,9 @@ struct Sampler {
     best = least_of_block(best);
     w = Weights{logit_of(best), shared.row.scale, weight_bits(p.vocabulary)};
     const Row& row = shared.row;
-    if (nan || !row.valid || !(w.top > -INFINITY && w.top < INFINITY) || row.greedy) {
-      if (thread == 0) p.ids[i] = nan || !row.valid || !(w.top > -INFINITY && w.top < INFINITY) ? -1 : static_cast<uint32_t>(best);
+    const bool valid = !nan && row.valid && w.top > -INFINITY && w.top < INFINITY;
+    if (!valid || row.greedy) {
+      if (thread == 0) p.ids[i] = valid ? static_cast<int64_t>(best & 0xFFFFFFFFu) : -1;
       return;
     }
     uint64_t last = kEverything;

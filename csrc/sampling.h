@@ -52,7 +52,7 @@ struct Problem {
   int64_t* ids;  // (batch); -1 for a row that is no distribution
 };
 
-constexpr int64_t kMaxVocabulary = INT32_MAX;
+constexpr int64_t kMaxVocabulary = int64_t{1} << 30;
 constexpr int kOctaveShift = 5;
 constexpr int kBucketsPerOctave = 1 << kOctaveShift;
 constexpr int kOctaves = 62;  // a token that is 2^62 times less likely than the best weighs 0
