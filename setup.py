@@ -3,10 +3,14 @@
 Environment: WIKIGPT_NO_EXT=1 leaves the extension out; MAX_JOBS limits parallel compilation.
 """
 
+import glob
 import os
 import sys
 
 from setuptools import setup
+
+# The oldest torch whose stable ABI the library asks for: it loads under this version and every later one.
+STABLE_ABI = 2 << 56 | 11 << 48
 
 
 def say(message: str) -> None:
@@ -47,8 +51,12 @@ def extension() -> dict:
         flags, link = ["-O3", "-std=c++20", "-fno-math-errno", *openmp], openmp
     module = CppExtension(
         "wikigpt._C",
-        ["csrc/module.cpp", "csrc/linear_cross_entropy.cpp"],
-        extra_compile_args=[*flags, f'-DWIKIGPT_TORCH_VERSION="{torch.__version__}"'],
+        sorted(glob.glob("csrc/*.cpp")),
+        extra_compile_args=[
+            *flags,
+            f"-DTORCH_TARGET_VERSION={STABLE_ABI:#018x}",
+            f'-DWIKIGPT_TORCH_VERSION="{torch.__version__}"',
+        ],
         extra_link_args=link,
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildOrSkip}}

@@ -5,31 +5,36 @@
 // is done the log-sum-exp is known, and pass 2 scales each tile to d loss / d logits and multiplies it, still in cache, into
 // dW (owned by the thread) and dH (a partial sum per thread, added in thread order: the result repeats bit for bit for a
 // given number of threads). 2 reads of W and 3 matrix products in all, the least there is without keeping the logits.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
+#include <iterator>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <tuple>
-#include <vector>
+#include <utility>
 
 namespace wikigpt {
 namespace {
 
+using torch::headeronly::BFloat16;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
 constexpr int64_t kTileRows = 96;                      // vocabulary rows of a tile: 96 x 128 features are 48 KiB
 constexpr int64_t kChunkRows = 256;                    // tokens of a chunk at most
 constexpr int64_t kChunkBytes = int64_t{64} << 20;     // logits of a chunk at most
-constexpr int64_t kMaxLanes = 32;
 
 struct Problem {
   int64_t n, d, v;
   const float* input_f32;          // (n, d), or null
-  const at::BFloat16* input_bf16;  // (n, d), or null
+  const BFloat16* input_bf16;      // (n, d), or null
   const float* weight;             // (v, d)
   const float* bias;               // (v) or null
   const int64_t* target;           // (n)
@@ -103,76 +108,89 @@ const Kernels& kernels() {
 }
 
 // Returns per-token loss (n) and log-sum-exp (n) in float32, and, where row_grad (d objective / d loss, one per token) is
-// given, the gradients that are asked for; the others are empty tensors. The caller has validated shapes and dtypes.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy(
-    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const at::Tensor& target,
-    const std::optional<at::Tensor>& row_grad, int64_t ignore_index, double label_smoothing, double z_loss,
+// given, the gradients that are asked for; the others are empty tensors. Users meet the checks of kernels/ first; these keep
+// a direct call of the operator inside its memory.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
+    const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& target,
+    const std::optional<Tensor>& row_grad, int64_t ignore_index, double label_smoothing, double z_loss,
     bool need_input_grad, bool need_weight_grad, bool need_bias_grad) {
-  TORCH_CHECK_VALUE(input.dim() == 2 && weight.dim() == 2 && target.dim() == 1, "expected (n, d), (v, d) and (n)");
-  TORCH_CHECK_VALUE(input.size(1) == weight.size(1) && input.size(0) == target.size(0), "sizes do not match");
-  TORCH_CHECK_VALUE(
-      input.scalar_type() == at::kFloat || input.scalar_type() == at::kBFloat16, "input must be float32 or bfloat16");
-  TORCH_CHECK_VALUE(weight.scalar_type() == at::kFloat, "weight must be float32");
-  TORCH_CHECK_VALUE(target.scalar_type() == at::kLong, "target must be int64");
+  STD_TORCH_CHECK(input.dim() == 2 && weight.dim() == 2 && target.dim() == 1, "expected (n, d), (v, d) and (n)");
+  STD_TORCH_CHECK(input.size(1) == weight.size(1) && input.size(0) == target.size(0), "sizes do not match");
+  STD_TORCH_CHECK(
+      input.scalar_type() == ScalarType::Float || input.scalar_type() == ScalarType::BFloat16,
+      "input must be float32 or bfloat16");
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float, "weight must be float32");
+  STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long, "target must be int64");
+  const int64_t n = input.size(0), d = input.size(1), v = weight.size(0);
+  STD_TORCH_CHECK(!bias || bias->numel() == v, "bias must be (v)");
+  STD_TORCH_CHECK(!row_grad || row_grad->numel() == n, "row_grad must be (n)");
   const Kernels& k = kernels();
-  const at::Tensor x = input.contiguous(), w = weight.contiguous(), y = target.contiguous();
-  const at::Tensor b = bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
-  const at::Tensor g = row_grad ? row_grad->to(at::kFloat).contiguous() : at::Tensor();
-  const bool gradients = g.defined();
-  const auto f32 = w.options();
-  const int64_t n = x.size(0), d = x.size(1), v = w.size(0);
+  const auto floats = [](const std::optional<Tensor>& t) -> std::optional<Tensor> {
+    return t ? std::optional(contiguous(to(*t, ScalarType::Float))) : std::nullopt;
+  };
+  const Tensor x = contiguous(input), w = contiguous(weight), y = contiguous(target);
+  const std::optional<Tensor> b = floats(bias), g = floats(row_grad);
+  const bool gradients = g.has_value();
 
-  at::Tensor loss = at::empty({n}, f32), lse = at::empty({n}, f32);
-  at::Tensor d_input = gradients && need_input_grad ? at::empty({n, d}, x.options()) : at::empty({0}, x.options());
-  // With no token no tile is ever written.
-  const auto make = [&](at::IntArrayRef size) { return n > 0 ? at::empty(size, f32) : at::zeros(size, f32); };
-  at::Tensor d_weight = gradients && need_weight_grad ? make({v, d}) : at::empty({0}, f32);
-  at::Tensor d_bias = gradients && need_bias_grad && b.defined() ? make({v}) : at::empty({0}, f32);
-  if (n == 0) return {loss, lse, d_input, d_weight, d_bias};
+  const auto make = [](std::initializer_list<int64_t> size, ScalarType dtype = ScalarType::Float) {
+    return torch::stable::empty({size.begin(), size.size()}, dtype);
+  };
+  Tensor loss = make({n}), lse = make({n});
+  const bool wants_dh = gradients && need_input_grad, wants_dw = gradients && need_weight_grad;
+  const bool wants_db = gradients && need_bias_grad && b;
+  Tensor d_input = wants_dh ? make({n, d}, x.scalar_type()) : make({0}, x.scalar_type());
+  Tensor d_weight = wants_dw ? make({v, d}) : make({0});
+  Tensor d_bias = wants_db ? make({v}) : make({0});
+  if (n == 0) {  // No tile is ever written.
+    zero_(d_weight);
+    zero_(d_bias);
+    return {loss, lse, d_input, d_weight, d_bias};
+  }
 
-  const bool wants_dw = d_weight.numel() > 0, wants_db = d_bias.numel() > 0, wants_dh = d_input.numel() > 0;
   Problem p{};
   p.n = n, p.d = d, p.v = v;
-  p.input_f32 = x.scalar_type() == at::kFloat ? x.const_data_ptr<float>() : nullptr;
-  p.input_bf16 = x.scalar_type() == at::kBFloat16 ? x.const_data_ptr<at::BFloat16>() : nullptr;
+  p.input_f32 = x.scalar_type() == ScalarType::Float ? x.const_data_ptr<float>() : nullptr;
+  p.input_bf16 = x.scalar_type() == ScalarType::BFloat16 ? x.const_data_ptr<BFloat16>() : nullptr;
   p.weight = w.const_data_ptr<float>();
-  p.bias = b.defined() ? b.const_data_ptr<float>() : nullptr;
+  p.bias = b ? b->const_data_ptr<float>() : nullptr;
   p.target = y.const_data_ptr<int64_t>();
   p.label_smoothing = static_cast<float>(label_smoothing);
   p.z_loss = static_cast<float>(z_loss);
   p.d_weight = wants_dw ? d_weight.mutable_data_ptr<float>() : nullptr;
   p.d_bias = wants_db ? d_bias.mutable_data_ptr<float>() : nullptr;
   for (int64_t i = 0; i < n; ++i)
-    TORCH_CHECK_INDEX(
+    STD_TORCH_CHECK(
         p.target[i] == ignore_index || (p.target[i] >= 0 && p.target[i] < v), "target: token ", i, " is ", p.target[i],
-        ", but the vocabulary has ", v, " entries (allowed: 0 to ", v - 1, ", or ignore_index ", ignore_index, ")");
+        ", allowed: 0 to ", v - 1, ", or ignore_index ", ignore_index);
 
   const auto lanes = [&](int64_t rows) { return (rows + k.lanes - 1) / k.lanes * k.lanes; };
   const int64_t fit = std::max<int64_t>(kChunkBytes / 4 / v / k.lanes * k.lanes, k.lanes);
   const int64_t rows = std::min({kChunkRows, lanes(n), fit});
   const int64_t d_panels = lanes(d), tiles = (v + kTileRows - 1) / kTileRows;
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), tiles);
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tiles);
 
-  // One allocation for all scratch; every piece is a multiple of kMaxLanes floats long.
-  std::vector<at::Tensor> keep;
-  const auto scratch = [&](int64_t count) {
-    keep.push_back(at::empty({count}, f32));
-    return keep.back().mutable_data_ptr<float>();
-  };
-  float* logits = scratch(gradients ? rows * v : threads * rows * kTileRows);
-  float* dh = wants_dh ? scratch(threads * rows * d) : nullptr;
-  float* running = scratch(threads * 3 * rows);
-  float* tile_max = scratch(tiles * rows);
-  float* gradient = gradients ? scratch(threads * rows * kTileRows) : nullptr;
+  // One allocation for all scratch.
+  const int64_t tile_of_each = threads * rows * kTileRows;
+  const int64_t pieces[] = {
+      gradients ? rows * v : tile_of_each,  // logits
+      wants_dh ? threads * rows * d : 0,
+      threads * 3 * rows,  // running
+      tiles * rows,        // tile_max
+      gradients ? tile_of_each : 0,
+      rows * d, rows * d_panels,       // h_by_token, h_by_feature
+      rows, rows, rows, rows, rows};  // the vectors of a chunk
+  const Tensor scratch = make({std::accumulate(std::begin(pieces), std::end(pieces), int64_t{0})});
+  float* next = scratch.mutable_data_ptr<float>();
+  const int64_t* piece = pieces;
+  const auto take = [&] { return std::exchange(next, next + *piece++); };
+  float *logits = take(), *dh = take(), *running = take(), *tile_max = take(), *gradient = take();
   Chunk c{};
-  c.h_by_token = scratch(rows * d);
-  c.h_by_feature = scratch(rows * d_panels);
-  c.target_logit = scratch(rows), c.lse = scratch(rows), c.softmax_scale = scratch(rows);
-  c.shift = scratch(rows), c.target_scale = scratch(rows);
+  c.h_by_token = take(), c.h_by_feature = take();
+  c.target_logit = take(), c.lse = take(), c.softmax_scale = take(), c.shift = take(), c.target_scale = take();
   std::fill_n(c.h_by_feature, rows * d_panels, 0.0f);
 
   const auto for_each_tile = [&](const auto& work) {
-    at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
       for (int64_t thread = first; thread < last; ++thread)
         for (int64_t i = tiles * thread / threads; i < tiles * (thread + 1) / threads; ++i) {
           const Tile t{i * kTileRows, std::min(kTileRows, v - i * kTileRows)};
@@ -181,6 +199,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cr
     });
   };
   float *loss_out = loss.mutable_data_ptr<float>(), *lse_out = lse.mutable_data_ptr<float>();
+  const float* up_of = gradients ? g->const_data_ptr<float>() : nullptr;
+  float* dh_f32 = wants_dh && p.input_f32 ? d_input.mutable_data_ptr<float>() : nullptr;
+  BFloat16* dh_bf16 = wants_dh && p.input_bf16 ? d_input.mutable_data_ptr<BFloat16>() : nullptr;
 
   for (c.begin = 0; c.begin < n; c.begin += rows) {
     c.count = std::min(rows, n - c.begin);
@@ -214,7 +235,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cr
           ? 0.0f
           : static_cast<float>((1.0 - s) * (l - c.target_logit[r]) + s * (l - total / v) + z_loss * l * l);
       if (!gradients || ignored) continue;
-      const double up = g.const_data_ptr<float>()[c.begin + r];
+      const double up = up_of[c.begin + r];
       c.softmax_scale[r] = static_cast<float>(up * (1.0 + 2.0 * z_loss * l));
       c.shift[r] = static_cast<float>(up * s / v);
       c.target_scale[r] = static_cast<float>(up * (1.0 - s));
@@ -228,16 +249,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cr
           wants_dh ? dh + thread * rows * d : nullptr, c.begin == 0);
     });
     if (!wants_dh) continue;
-    at::parallel_for(0, c.count, 16, [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(0, c.count, 16, [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r)
         for (int64_t j = 0; j < d; ++j) {
           float sum = 0.0f;
           for (int64_t t = 0; t < threads; ++t)
             sum += dh[t * rows * d + ((r / k.lanes) * d + j) * k.lanes + r % k.lanes];
-          if (p.input_f32)
-            d_input.mutable_data_ptr<float>()[(c.begin + r) * d + j] = sum;
+          if (dh_f32)
+            dh_f32[(c.begin + r) * d + j] = sum;
           else
-            d_input.mutable_data_ptr<at::BFloat16>()[(c.begin + r) * d + j] = at::BFloat16(sum);
+            dh_bf16[(c.begin + r) * d + j] = BFloat16(sum);
         }
     });
   }
@@ -250,11 +271,13 @@ const char* instruction_set() { return kernels().name; }
 
 }  // namespace wikigpt
 
-TORCH_LIBRARY_FRAGMENT(wikigpt, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(wikigpt, m) {
   m.def(
       "linear_cross_entropy_cpu(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? row_grad, "
       "int ignore_index, float label_smoothing, float z_loss, bool need_input_grad, bool need_weight_grad, "
       "bool need_bias_grad) -> (Tensor loss, Tensor lse, Tensor d_input, Tensor d_weight, Tensor d_bias)");
 }
 
-TORCH_LIBRARY_IMPL(wikigpt, CPU, m) { m.impl("linear_cross_entropy_cpu", &wikigpt::linear_cross_entropy); }
+STABLE_TORCH_LIBRARY_IMPL(wikigpt, CPU, m) {
+  m.impl("linear_cross_entropy_cpu", TORCH_BOX(&wikigpt::linear_cross_entropy));
+}

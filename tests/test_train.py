@@ -129,6 +129,15 @@ def test_targets_are_the_next_tokens():
     assert torch.equal(y, x + 1)
 
 
+@pytest.mark.parametrize("count", [1, 7, 99, 250])
+def test_a_sequence_does_not_depend_on_the_batch_that_it_comes_in(count):
+    batches = Batches(torch.arange(1000), length=10, seed=3)
+    first = batches.blocks - 4  # across one or more ends of an epoch
+    together = batches.places(first, count)
+    assert together.tolist() == [int(batches.places(i, 1)) for i in range(first, first + count)]
+    assert torch.equal(batches.at(together)[0][:, 0], together)
+
+
 def test_a_text_shorter_than_two_contexts_is_refused():
     with pytest.raises(UserError, match="the train split has 15 tokens, fewer than two contexts of 10"):
         Batches(torch.arange(15), length=10, seed=0)

@@ -45,6 +45,7 @@ class TrainConfig:
     ema_decay: float = 0.0  # 0: no moving average of the weights
     precision: str = "fp32"  # fp32 | bf16 (autocast)
     compile: bool = False
+    cuda_graph: bool = True  # the whole step as one CUDA graph; only on one GPU with adamw
     device: str = "auto"  # auto | cpu | cuda | cuda:1 ...
     parallel: str = "ddp"  # ddp | fsdp, under torchrun
     seed: int = 1337

@@ -62,19 +62,32 @@ class Batches:
         self._starts = torch.empty(0, dtype=torch.int64)
 
     def starts(self, epoch: int) -> Tensor:
+        """Where the blocks of an epoch begin, in the order of their visit: (blocks) int64 beside the tokens."""
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             offset = torch.randint(self.length, (1,), generator=generator)
-            self._starts = torch.randperm(self.blocks, generator=generator) * self.length + offset
-            self._epoch = epoch
+            starts = torch.randperm(self.blocks, generator=generator) * self.length + offset
+            self._starts, self._epoch = starts.to(self.tokens.device), epoch
         return self._starts
+
+    def places(self, first: int, count: int) -> Tensor:
+        """Where the sequences first .. first + count - 1 begin, (count) int64 beside the tokens. Only at the start of an
+        epoch does anything travel to the device."""
+        pieces = []
+        while count > 0:
+            epoch, place = divmod(first, self.blocks)
+            pieces.append(self.starts(epoch)[place : place + count])
+            first, count = first + pieces[-1].numel(), count - pieces[-1].numel()
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def at(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (count, length), int64, of the sequences that begin at `places`."""
+        block = self.tokens[places[:, None] + torch.arange(self.length + 1, device=places.device)].long()
+        return block[:, :-1], block[:, 1:]
 
     def get(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets (count, length), int64, of sequences first .. first + count - 1."""
-        starts = torch.stack([self.starts(i // self.blocks)[i % self.blocks] for i in range(first, first + count)])
-        index = starts[:, None] + torch.arange(self.length + 1)
-        block = self.tokens[index.to(self.tokens.device)].long()
-        return block[:, :-1], block[:, 1:]
+        return self.at(self.places(first, count))
 
 
 # --- optimiser ------------------------------------------------------------------------------------------------------
@@ -83,7 +96,8 @@ class Batches:
 class Optimizers:
     """AdamW for everything, or Muon (Jordan et al. 2024) for the matrices inside the blocks and AdamW for the rest."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device):
+    def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device, captured: bool):
+        self.device, self.captured = device, captured
         hidden: list[nn.Parameter] = []
         decayed: list[nn.Parameter] = []
         plain: list[nn.Parameter] = []
@@ -97,16 +111,31 @@ class Optimizers:
             {"params": plain, "weight_decay": 0.0},
         ]
         self.all: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+            torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True, capturable=captured)
         ]
         if hidden:
             self.all.append(torch.optim.Muon(hidden, lr=config.muon_lr, weight_decay=config.weight_decay, momentum=0.95))
         self.base_lr = [config.lr, config.muon_lr]
+        self._place_lr()
 
-    def step(self, factor: float) -> None:
+    def _place_lr(self) -> None:
+        """A captured step reads its learning rates from the device, where they can change."""
+        if self.captured:
+            for optimizer, lr in zip(self.all, self.base_lr):
+                for group in optimizer.param_groups:
+                    group["lr"] = torch.tensor(lr, device=self.device)
+
+    def set_lr(self, factor: float) -> None:
+        """Learning rates of the next step."""
         for optimizer, lr in zip(self.all, self.base_lr):
             for group in optimizer.param_groups:
-                group["lr"] = lr * factor
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(lr * factor)
+                else:
+                    group["lr"] = lr * factor
+
+    def step(self) -> None:
+        for optimizer in self.all:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -116,6 +145,7 @@ class Optimizers:
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
         for optimizer, state in zip(self.all, states):
             optimizer.load_state_dict(state)
+        self._place_lr()
 
 
 def lr_factor(config: TrainConfig, step: int, progress: float) -> float:
@@ -197,6 +227,83 @@ class Interrupt:
         self.signal = number
 
 
+# --- the device's time ------------------------------------------------------------------------------------------------
+
+
+class StepGraph:
+    """`step(places) -> loss`, run as one CUDA graph: the host then starts one graph a step instead of hundreds of kernels.
+
+    The first steps run as they are, on a stream of their own as capture asks for: they compile kernels and make the
+    optimiser's state. Where capture fails, all steps do, with a line that says why.
+    """
+
+    WARMUP = 3
+
+    def __init__(self, step: Callable[[Tensor], Tensor], log: Callable[[str], None]):
+        self.step, self.log, self.calls = step, log, 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.failed = False
+
+    def __call__(self, places: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls <= self.WARMUP:
+            stream = torch.cuda.Stream(places.device)
+            stream.wait_stream(torch.cuda.current_stream(places.device))
+            with torch.cuda.stream(stream):
+                loss = self.step(places)
+            torch.cuda.current_stream(places.device).wait_stream(stream)
+            return loss
+        if self.failed:
+            return self.step(places)
+        if self.graph is None:
+            self.places = places.clone()
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph):
+                    self.loss = self.step(self.places)
+            except RuntimeError as error:
+                self.failed = True
+                self.log(f"no CUDA graph, steps run one kernel at a time: {str(error).splitlines()[0]}")
+                return self.step(places)
+            self.graph = graph
+        self.places.copy_(places)
+        self.graph.replay()
+        return self.loss
+
+
+class Mark:
+    """A moment in the device's work. On a GPU the host does not wait for it until it asks."""
+
+    def __init__(self, device: torch.device):
+        self.event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        if self.event is not None:
+            self.event.record(torch.cuda.current_stream(device))
+        self.time = time.perf_counter()
+
+    def wait(self) -> None:
+        if self.event is not None:
+            self.event.synchronize()
+
+    def since(self, earlier: Mark) -> float:
+        """Seconds from `earlier` to this moment, which both must have passed."""
+        if self.event is None or earlier.event is None:
+            return self.time - earlier.time
+        return earlier.event.elapsed_time(self.event) / 1000
+
+
+@dataclass
+class Reading:
+    """A loss on its way from the device to the log, and the steps since the last one."""
+
+    loss: Tensor  # on the host once `end` has passed
+    begin: Mark
+    end: Mark
+    step: int
+    steps: int
+    seconds: float
+    lr: float
+
+
 # --- the run --------------------------------------------------------------------------------------------------------
 
 
@@ -238,13 +345,15 @@ class Trainer:
         torch.manual_seed(train.seed)
         self.model = GPT(config.model).to(device)
         self.wrapped = self._parallel(self.model)
-        self.optimizers = Optimizers(self.wrapped, train, device)
+        captured = train.cuda_graph and device.type == "cuda" and processes.size == 1 and train.optimizer == "adamw"
+        self.optimizers = Optimizers(self.wrapped, train, device, captured)
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if train.ema_decay > 0 else None
         if self.ema is not None and processes.size > 1 and train.parallel == "fsdp":
             raise UserError("train.ema_decay: not available with train.parallel=fsdp; use ddp or ema_decay=0")
         self.forward = torch.compile(self.wrapped) if train.compile else self.wrapped
         to_device = torch.from_numpy(dataset.tokens["train"].astype("int32")).to(device)
         self.batches = Batches(to_device, config.model.context_length, train.seed)
+        self.compute: Callable[[Tensor], Tensor] = StepGraph(self._compute, self.log) if captured else self._compute
         self.step = 0
         self.seconds = 0.0
         self.best = math.inf
@@ -382,14 +491,14 @@ class Trainer:
             kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
             checkpoint.write_atomically(path, lambda f: f.write("".join(x + "\n" for x in kept).encode()))
 
-    def _record(self, **figures: Any) -> None:
+    def _record(self, step: int, **figures: Any) -> None:
         if not self.processes.first:
             return
         with open(self.directory / "log.jsonl", "a") as file:
-            file.write(json.dumps({"step": self.step, **figures}) + "\n")
+            file.write(json.dumps({"step": step, **figures}) + "\n")
         if self._board is not None:
             for name, value in figures.items():
-                self._board.add_scalar(name, value, self.step)
+                self._board.add_scalar(name, value, step)
 
     def _open_board(self) -> Any:
         if not (self.processes.first and self.config.train.tensorboard):
@@ -409,13 +518,22 @@ class Trainer:
         return done if train.max_seconds is None else max(done, self.seconds / train.max_seconds)
 
     def train_step(self) -> Tensor:
-        """One optimiser step; returns the mean loss of its tokens on this process (a scalar on the device)."""
-        train, model = self.config.train, self.forward
-        device = self.processes.device
-        first = self.step * self.sequences_per_step + self.processes.rank * train.batch_size * train.accumulate
+        """One optimiser step; returns the mean loss of its tokens on this process: a scalar on the device, which the next
+        step may overwrite."""
+        train = self.config.train
+        count = train.batch_size * train.accumulate
+        places = self.batches.places(self.step * self.sequences_per_step + self.processes.rank * count, count)
+        self.optimizers.set_lr(lr_factor(train, self.step, self.progress()))
+        loss = self.compute(places)
+        self.step += 1
+        return loss
+
+    def _compute(self, places: Tensor) -> Tensor:
+        """All of a step that runs on the device, for sequences that begin at `places`. No value reaches the host."""
+        train, device = self.config.train, self.processes.device
         total = torch.zeros((), device=device)
-        for micro in range(train.accumulate):
-            x, y = self.batches.get(first + micro * train.batch_size, train.batch_size)
+        for micro, part in enumerate(places.split(train.batch_size)):
+            x, y = self.batches.at(part)
             last = micro == train.accumulate - 1
             # Gradients travel between processes once a step, with the last micro-batch.
             hold = (
@@ -425,7 +543,7 @@ class Trainer:
             )
             with hold:
                 with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
-                    loss = model(x, y)
+                    loss = self.forward(x, y)
                 if train.accumulate > 1:
                     loss = loss / train.accumulate
                 loss.backward()
@@ -434,26 +552,29 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_grad_norm)
         if device.type == "cpu":
             # Free here; on a GPU it would stall the stream, so there it is looked at when lines are logged.
-            self._check(total)
-        self.optimizers.step(lr_factor(train, self.step, self.progress()))
+            self._check(self._mean(total), self.step)
+        self.optimizers.step()
         if self.ema is not None:
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - train.ema_decay)
-        self.step += 1
         return total
 
-    def _check(self, loss: Tensor) -> float:
-        """The loss of the last step over all processes. Raises UserError where it is not finite."""
-        value = loss.detach().clone()
+    def _mean(self, loss: Tensor) -> Tensor:
+        """The loss over all processes, a scalar on the device."""
+        mean = loss.detach().clone()
         if self.processes.size > 1:
-            dist.all_reduce(value)
-            value /= self.processes.size
-        number = float(value)
+            dist.all_reduce(mean)
+            mean /= self.processes.size
+        return mean
+
+    def _check(self, loss: Tensor, step: int) -> float:
+        """The number in a scalar. Raises UserError where it is not finite."""
+        number = float(loss)
         if not math.isfinite(number):
             path = self.directory / LAST
             kept = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint had been written yet"
             raise UserError(
-                f"training diverged: the loss is {number} at step {self.step}; {kept}; "
+                f"training diverged: the loss is {number} at step {step}; {kept}; "
                 f"lower train.lr (now {self.config.train.lr}) or raise train.warmup_steps"
             )
         return number
@@ -488,7 +609,7 @@ class Trainer:
         """Validate, and keep the weights as wiki-gpt.pth where they are the best so far."""
         valid = self.evaluate("valid", tokens)
         loss = valid.nats / valid.tokens
-        self._record(valid_loss=loss, valid_perplexity=valid.per_token)
+        self._record(self.step, valid_loss=loss, valid_perplexity=valid.per_token)
         if loss < self.best or not (self.directory / checkpoint.NAME).exists():
             self.best = loss
             weights = self.ema.state_dict() if self.ema is not None else self._model_state()
@@ -504,11 +625,36 @@ class Trainer:
         train = self.config.train
         self._board = self._open_board()
         self.model.train()
+        device = self.processes.device
         valid: Perplexity | None = None
         begin_seconds, begin = self.seconds, time.perf_counter()
-        logged_step, logged_at = self.step, time.perf_counter()
         busy, trained = 0.0, 0  # seconds and steps spent in training alone
+        logged_step, mark = self.step, Mark(device)
+        underway: Reading | None = None
         loss = torch.full((), self.train_loss)
+
+        def report(reading: Reading) -> None:
+            nonlocal busy, trained
+            reading.end.wait()
+            self.train_loss = self._check(reading.loss, reading.step)
+            took = reading.end.since(reading.begin)
+            busy, trained = busy + took, trained + reading.steps
+            rate = reading.steps * self.tokens_per_step / max(took, 1e-9)
+            figures = {"loss": self.train_loss, "tokens_per_second": rate, "seconds": reading.seconds, "lr": reading.lr}
+            if (mfu := self._mfu(rate)) is not None:
+                figures["mfu"] = mfu
+            self._record(reading.step, **figures)
+            if on_step is not None and self.processes.first:
+                on_step(reading.step, train.steps, figures)
+
+        def settle() -> float:
+            """Log what is under way; the loss of the last step, which must be finite."""
+            nonlocal underway
+            if underway is not None:
+                report(underway)
+            underway = None
+            return self._check(self._mean(loss), self.step)
+
         with Interrupt() as interrupt:
             while self.progress() < 1.0:
                 loss = self.train_step()
@@ -517,31 +663,31 @@ class Trainer:
                 self._agree(interrupt)
                 if interrupt.signal is not None:
                     break
-                due = self.step % train.log_interval == 0 or self.progress() >= 1.0
-                if due:
-                    self.train_loss = self._check(loss)
-                    now = time.perf_counter()
-                    busy, trained = busy + now - logged_at, trained + self.step - logged_step
-                    rate = (self.step - logged_step) * self.tokens_per_step / max(now - logged_at, 1e-9)
-                    figures = {"loss": self.train_loss, "tokens_per_second": rate, "seconds": self.seconds}
-                    figures["lr"] = train.lr * lr_factor(train, self.step, self.progress())
-                    if (mfu := self._mfu(rate)) is not None:
-                        figures["mfu"] = mfu
-                    self._record(**figures)
-                    if on_step is not None and self.processes.first:
-                        on_step(self.step, train.steps, figures)
-                    logged_step, logged_at = self.step, time.perf_counter()
-                if self.step % train.eval_interval == 0 and self.progress() < 1.0:
-                    self._check(loss)
+                if self.step % train.log_interval == 0 or self.progress() >= 1.0:
+                    value = self._mean(loss)
+                    if device.type == "cuda":
+                        value = torch.empty((), pin_memory=True).copy_(value, non_blocking=True)
+                    end = Mark(device)
+                    lr = train.lr * lr_factor(train, self.step, self.progress())
+                    reading = Reading(value, mark, end, self.step, self.step - logged_step, self.seconds, lr)
+                    # A GPU is working on this step still: the line before is what can be read without waiting.
+                    now, underway = (underway, reading) if device.type == "cuda" else (reading, None)
+                    if now is not None:
+                        report(now)
+                    logged_step, mark = self.step, end
+                validates = self.step % train.eval_interval == 0 and self.progress() < 1.0
+                saves = self.step % train.save_interval == 0
+                if validates:
+                    settle()
                     valid = self._validate(train.eval_tokens)
                     self.log(f"step {self.step}: train loss {float(loss):.3f}, validation perplexity {valid.per_token:.1f}")
                     self.model.train()
-                    logged_step, logged_at = self.step, time.perf_counter()
-                if self.step % train.save_interval == 0:
-                    self._check(loss)
+                if saves:
+                    settle()
                     self._save()
-                    logged_step, logged_at = self.step, time.perf_counter()
-        self.train_loss = self._check(loss) if self.step > 0 else math.nan
+                if validates or saves:
+                    logged_step, mark = self.step, Mark(device)
+        self.train_loss = settle() if self.step > 0 else math.nan
         stopped = interrupt.signal is not None
         test = None
         if stopped:
@@ -593,7 +739,7 @@ class Trainer:
                     self.dataset.tokenizer.eos_id,
                     stats=self.dataset.stats["test"],
                 )
-            self._record(test_perplexity=result[0].per_token)
+            self._record(self.step, test_perplexity=result[0].per_token)
         if self.processes.size > 1:
             dist.broadcast_object_list(result, src=0)
         return result[0]
