@@ -15,6 +15,12 @@
 #include <optional>
 #include <vector>
 
+#ifdef WIKIGPT_CUDA
+#include <torch/csrc/stable/accelerator.h>
+
+#include "cuda_stream.h"
+#endif
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define WIKIGPT_X86 1
 #include <immintrin.h>
@@ -167,14 +173,14 @@ Tensor sample(
   p.joint = joint;
   p.ids = static_cast<int64_t*>(ids.mutable_data_ptr());
   if (batch == 0) return ids;
-  if (logits.is_cuda()) {
 #ifdef WIKIGPT_CUDA
+  if (logits.is_cuda()) {
     const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-    const char* error = launch_sampling(p, current_stream(logits.get_device_index()));
+    const char* error = launch_sampling(p, current_cuda_stream(logits.get_device_index()));
     STD_TORCH_CHECK(error == nullptr, "sample: ", error);
     return ids;
-#endif
   }
+#endif
   const Rows rows = rows_for(lanes);
   STD_TORCH_CHECK(rows != nullptr, "lanes: this processor has no vectors of ", lanes, " floats");
   const int64_t grain = std::max<int64_t>(1, 32768 / p.vocabulary);

@@ -21,7 +21,7 @@ namespace wikigpt {
 namespace sampling {
 namespace {
 
-constexpr int kWarp = 32;
+constexpr int kWarp = 32, kWarps = 32, kThreads = kWarps * kWarp;
 constexpr unsigned kAll = 0xFFFFFFFFu;
 constexpr int kBuckets = 2048;    // 1984 and some that stay empty: the same number for each thread
 constexpr int kBins = 512;        // of one further digit
@@ -54,12 +54,11 @@ struct Histogram {
   };
 };
 
-template <int THREADS>
 struct Shared {
   Histogram<kBuckets> buckets;
   Histogram<kBins> bins;
   uint64_t list[kListed];
-  Sum partial[THREADS / kWarp];
+  Sum partial[kWarps];
   Row row;
   Sum before;           // where `find` found its bin: all that comes earlier
   int found;            // that bin, or -1
@@ -90,17 +89,16 @@ union Vector {
 };
 
 // One thread of the block that owns a row.
-template <typename T, int THREADS>
+template <typename T>
 struct Sampler {
   static constexpr int N = Logits<T>::N;
-  static constexpr int WARPS = THREADS / kWarp;
 
-  Shared<THREADS>& shared;
+  Shared& shared;
   const Logits<T> x;
   const int thread, warp, lane;
   Weights w;
 
-  __device__ Sampler(Shared<THREADS>& shared, const T* row, int64_t vocabulary)
+  __device__ Sampler(Shared& shared, const T* row, int64_t vocabulary)
       : shared(shared),
         x(row, vocabulary),
         thread(static_cast<int>(threadIdx.x)),
@@ -125,7 +123,7 @@ struct Sampler {
     value = least_of_warp(value);
     if (lane == 0) shared.partial[warp].count = value;
     __syncthreads();
-    value = least_of_warp(shared.partial[lane % WARPS].count);
+    value = least_of_warp(shared.partial[lane % kWarps].count);
     __syncthreads();
     return value;
   }
@@ -148,7 +146,7 @@ struct Sampler {
     const Sum inclusive{inclusive_scan_of_warp(value.count), inclusive_scan_of_warp(value.mass)};
     if (lane == kWarp - 1) shared.partial[warp] = inclusive;
     __syncthreads();
-    const Sum other = lane < WARPS ? shared.partial[lane] : Sum{};
+    const Sum other = lane < kWarps ? shared.partial[lane] : Sum{};
     total = {sum_of_warp(other.count), sum_of_warp(other.mass)};
     const uint64_t count = sum_of_warp(lane < warp ? other.count : 0), mass = sum_of_warp(lane < warp ? other.mass : 0);
     __syncthreads();
@@ -207,7 +205,7 @@ struct Sampler {
   // The part of the vectors first to end that this warp owns: the warps' parts follow each other.
   template <typename F>
   __device__ void in_part(int first, int end, const F& f) const {
-    const int each = ((end - first + WARPS - 1) / WARPS + kWarp - 1) / kWarp * kWarp;
+    const int each = ((end - first + kWarps - 1) / kWarps + kWarp - 1) / kWarp * kWarp;
     const int from = first + each * warp;
     if (from < end) f(from, min(from + each, end));
   }
@@ -223,9 +221,9 @@ struct Sampler {
   // two of their bucket, bucket_of(bin).
   template <int BINS, typename Each, typename BucketOf>
   __device__ void fill(Histogram<BINS>& h, int chunks, bool counts, bool masses, const Each& each, const BucketOf& bucket_of) {
-    constexpr int OWN = (BINS + THREADS - 1) / THREADS;
+    constexpr int OWN = (BINS + kThreads - 1) / kThreads;
     uint64_t mass[OWN] = {};
-    for (int i = thread; i < BINS; i += THREADS) h.count[i] = h.part[0][i] = h.part[1][i] = 0;
+    for (int i = thread; i < BINS; i += kThreads) h.count[i] = h.part[0][i] = h.part[1][i] = 0;
     __syncthreads();
     for (int chunk = 0; chunk < chunks; ++chunk) {
       each(chunk, [&](int bin, float octaves, int bucket) {
@@ -254,7 +252,7 @@ struct Sampler {
   // and what comes before it in shared.found and shared.before. Returns the sum of all.
   template <int BINS>
   __device__ Sum find(const Histogram<BINS>& h, bool by_mass, uint64_t wanted, Sum before) {
-    constexpr int OWN = (BINS + THREADS - 1) / THREADS;
+    constexpr int OWN = (BINS + kThreads - 1) / kThreads;
     const int first = thread * OWN, end = first + OWN < BINS ? first + OWN : BINS;
     Sum own{}, total;
     for (int bin = first; bin < end; ++bin) own = own + Sum{h.count[bin], h.mass[bin]};
@@ -312,7 +310,7 @@ struct Sampler {
     uint64_t beginning = 0;
     const auto candidates = [&](int chunk, const auto& f) {
       if (listed) {
-        for (unsigned i = thread; i < shared.listed; i += THREADS)
+        for (unsigned i = thread; i < shared.listed; i += kThreads)
           if (all || shared.list[i] >> shift == beginning) f(shared.list[i]);
         return;
       }
@@ -380,7 +378,7 @@ struct Sampler {
     __syncthreads();
     if (thread == 0) {
       uint64_t total = 0;
-      for (int i = 0; i < WARPS; ++i) total += shared.partial[i].mass;
+      for (int i = 0; i < kWarps; ++i) total += shared.partial[i].mass;
       uint64_t point = high_product(shared.row.random, total);
       int i = 0;
       for (; point >= shared.partial[i].mass; ++i) point -= shared.partial[i].mass;
@@ -459,11 +457,11 @@ struct Sampler {
   }
 };
 
-template <typename T, int THREADS>
-__global__ void __launch_bounds__(THREADS) sample_rows(const Problem p) {
-  __shared__ Shared<THREADS> shared;
+template <typename T>
+__global__ void __launch_bounds__(kThreads) sample_rows(const Problem p) {
+  __shared__ Shared shared;
   const int64_t i = blockIdx.x;
-  Sampler<T, THREADS>(shared, static_cast<const T*>(p.logits) + i * p.stride, p.vocabulary).run(p, i);
+  Sampler<T>(shared, static_cast<const T*>(p.logits) + i * p.stride, p.vocabulary).run(p, i);
 }
 
 }  // namespace
@@ -475,11 +473,7 @@ namespace {
 
 template <typename T>
 void launch(const Problem& p, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>(p.batch);
-  if (p.vocabulary > 8192)
-    sample_rows<T, 1024><<<blocks, 1024, 0, stream>>>(p);
-  else
-    sample_rows<T, 256><<<blocks, 256, 0, stream>>>(p);
+  sample_rows<T><<<static_cast<unsigned>(p.batch), kThreads, 0, stream>>>(p);
 }
 
 }  // namespace

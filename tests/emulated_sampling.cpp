@@ -6,15 +6,10 @@
 namespace {
 
 template <typename T>
-void run(const wikigpt::sampling::Problem& p, unsigned order, int threads) {
+void run(const wikigpt::sampling::Problem& p, unsigned order) {
   for (int64_t i = 0; i < p.batch; ++i) {
     blockIdx.x = static_cast<unsigned>(i);
-    emulated::run(threads, order, [&] {
-      if (threads == 1024)
-        wikigpt::sampling::sample_rows<T, 1024>(p);
-      else
-        wikigpt::sampling::sample_rows<T, 256>(p);
-    });
+    emulated::run(wikigpt::sampling::kThreads, order, [&] { wikigpt::sampling::sample_rows<T>(p); });
   }
 }
 
@@ -24,7 +19,7 @@ void run(const wikigpt::sampling::Problem& p, unsigned order, int threads) {
 extern "C" void emulated_sampling(
     const void* logits, int dtype, int64_t batch, int64_t vocabulary, int64_t stride, const double* temperature,
     const int64_t* top_k, const double* top_p, const double* min_p, int64_t seed, int64_t offset, int joint, unsigned order,
-    int threads, int64_t* ids) {
+    int64_t* ids) {
   using namespace wikigpt::sampling;
   Problem p{};
   p.logits = logits, p.dtype = static_cast<Dtype>(dtype);
@@ -33,9 +28,9 @@ extern "C" void emulated_sampling(
   p.top_k = {top_k, 1, 0}, p.seed = {nullptr, 0, seed}, p.offset = {nullptr, 0, offset};
   p.joint = joint != 0, p.ids = ids;
   if (p.dtype == Dtype::f32)
-    run<float>(p, order, threads);
+    run<float>(p, order);
   else if (p.dtype == Dtype::f16)
-    run<Half>(p, order, threads);
+    run<Half>(p, order);
   else
-    run<BFloat16>(p, order, threads);
+    run<BFloat16>(p, order);
 }
