@@ -13,15 +13,16 @@
 // bits. Sums of integers are the same in any order.
 #include "sampling.h"
 
-#ifdef __CUDACC__  // not where tests/emulated_sampling.cpp includes this file
+#ifdef __CUDACC__  // not where tests/emulated_sampling.cpp includes this file, with fewer warps
 #include <cuda_runtime.h>
+#define WIKIGPT_WARPS 32
 #endif
 
 namespace wikigpt {
 namespace sampling {
 namespace {
 
-constexpr int kWarp = 32, kWarps = 32, kThreads = kWarps * kWarp;
+constexpr int kWarp = 32, kWarps = WIKIGPT_WARPS, kThreads = kWarps * kWarp;
 constexpr unsigned kAll = 0xFFFFFFFFu;
 constexpr int kBuckets = 2048;    // 1984 and some that stay empty: the same number for each thread
 constexpr int kBins = 512;        // of one further digit
@@ -344,18 +345,18 @@ struct Sampler {
       }
       listed = shared.listed <= kListed;
       const int differ = 64 - __clzll(static_cast<long long>(least ^ most));
-      shift = differ > kDigit ? differ - kDigit : 0;
-      all = true;
+      const int digit = differ > kDigit ? differ - kDigit : 0;  // the bits from here on, of those where candidates differ
       fill(
           shared.bins, listed ? 1 : chunks(), counts, masses,
           [&](int chunk, const auto& add) {
             candidates(chunk, [&](uint64_t place) {
-              add(static_cast<int>(place >> shift & (kBins - 1)), w.octaves(logit_of(place)), bucket);
+              add(static_cast<int>(place >> digit & (kBins - 1)), w.octaves(logit_of(place)), bucket);
             });
           },
           [bucket](int) { return bucket; });
       find(shared.bins, by_mass, wanted, before);
       before = shared.before;
+      shift = digit;
       beginning = (least >> shift & ~uint64_t{kBins - 1}) | static_cast<uint64_t>(shared.found);
       all = false;
     }

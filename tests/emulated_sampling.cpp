@@ -1,6 +1,7 @@
 // The kernel of csrc/sampling.cu, run on the CPU: tests/test_sampling.py compares its tokens with those of csrc/sampling.cpp.
 #include "emulated_cuda.h"
 
+#define WIKIGPT_WARPS 3
 #include "../csrc/sampling.cu"
 
 namespace {
