@@ -182,7 +182,7 @@ struct Sampler {
   // f(logit, index) for the vectors first + lane, first + lane + 32 ... before `end`, in their order.
   template <typename F>
   __device__ void in_vectors(int first, int end, const F& f) const {
-    constexpr int AHEAD = 16 / N;  // vectors on their way at a time
+    constexpr int AHEAD = 2;  // vectors on their way at a time
     const int whole = min(end, x.end / N);
     int v = first + lane;
     if (v == 0) {  // may begin before the row

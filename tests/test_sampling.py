@@ -66,7 +66,7 @@ def assert_drawn_from(ids: Tensor, p: Tensor, seed=0) -> None:
 
 FILTERS = [
     {},
-    {"temperature": 0.6},
+    {"temperature": 0.8},
     {"temperature": 2.5},
     {"top_k": 7},
     {"top_p": 0.8},
