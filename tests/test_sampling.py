@@ -5,14 +5,15 @@ import ctypes
 import math
 import shutil
 import subprocess
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-
-from tests.conftest import ROOT
 from wikigpt.kernels import debug_checks, sample, top_k_top_p_sampling_from_logits
 from wikigpt.kernels.sampling import _MISSING, Parameters, _sample_rows, uniform
+
+from tests.conftest import ROOT
 
 built = pytest.mark.skipif(_MISSING["cpu"] is not None, reason=str(_MISSING["cpu"]))
 gpu_built = pytest.mark.skipif(_MISSING["cuda"] is not None, reason=str(_MISSING["cuda"]))
@@ -64,7 +65,7 @@ def assert_drawn_from(ids: Tensor, p: Tensor, seed=0) -> None:
 
 # ---- the distribution ----
 
-FILTERS = [
+FILTERS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.8},
     {"temperature": 2.5},
