@@ -447,10 +447,11 @@ struct Sampler {
     if (has_top_k || row.has_top_p) {
       const Sum total = fill_buckets(has_top_k, row.has_top_p);
       Sum upto = total;
-      if (has_top_k) last = cut(false, static_cast<uint64_t>(row.top_k), true, row.has_top_p, upto);
-      if (row.has_top_p) {
-        const uint64_t place =
-            cut(true, mass_to_reach(p.joint ? total.mass : upto.mass, row.top_p), has_top_k, true, upto);
+#pragma unroll 1  // one copy of the code for both
+      for (int by_mass = has_top_k ? 0 : 1; by_mass < (row.has_top_p ? 2 : 1); ++by_mass) {
+        const uint64_t wanted =
+            by_mass ? mass_to_reach(p.joint ? total.mass : upto.mass, row.top_p) : static_cast<uint64_t>(row.top_k);
+        const uint64_t place = cut(by_mass, wanted, has_top_k, row.has_top_p, upto);
         last = place < last ? place : last;
       }
     }
