@@ -30,12 +30,11 @@ using torch::stable::Tensor;
 constexpr int64_t kTileRows = 96;                      // vocabulary rows of a tile: 96 x 128 features are 48 KiB
 constexpr int64_t kChunkRows = 256;                    // tokens of a chunk at most
 constexpr int64_t kChunkBytes = int64_t{64} << 20;     // logits of a chunk at most
-constexpr int64_t kMaxLanes = 32;
 
 struct Problem {
   int64_t n, d, v;
   const float* input_f32;          // (n, d), or null
-  const BFloat16* input_bf16;  // (n, d), or null
+  const BFloat16* input_bf16;      // (n, d), or null
   const float* weight;             // (v, d)
   const float* bias;               // (v) or null
   const int64_t* target;           // (n)

@@ -97,7 +97,6 @@ def _chunked_cpu(
     csrc/linear_cross_entropy.cpp does the same in fewer passes, without the last three."""
     n, d = input.shape
     v = linear_weight.shape[0]
-    check_targets(target, v, ignore_index)
     loss, all_lse, target_logits, correct = empty_rows(target, aux)
     d_input = torch.empty_like(input) if needs[0] else input.new_empty(0)
     d_weight = torch.zeros(v, d) if needs[1] else torch.empty(0)
@@ -159,6 +158,7 @@ def _cpu(
     needs: tuple[bool, bool, bool],
     aux: bool,
 ) -> tuple[Tensor, ...]:
+    check_targets(target, linear_weight.shape[0], ignore_index)
     if aux or extension()[0] is None or softcap > 0.0 or input.dtype not in (torch.float32, torch.bfloat16):
         return _chunked_cpu(
             input,
@@ -173,7 +173,6 @@ def _cpu(
             needs,
             aux,
         )
-    check_targets(target, linear_weight.shape[0], ignore_index)
     loss, lse, d_input, d_weight, d_bias = torch.ops.wikigpt.linear_cross_entropy_cpu(
         input,
         linear_weight.float(),

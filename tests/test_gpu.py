@@ -67,32 +67,14 @@ def test_generation_with_the_cache_equals_the_full_forward():
     assert made == ids[:, 20:].tolist()
 
 
-@pytest.mark.parametrize("compiled", ["false", "true"])
-def test_training_on_the_gpu_learns_and_resumes(tmp_path, monkeypatch, compiled):
-    monkeypatch.setenv("WIKIGPT_CACHE_DIR", str(tmp_path / "cache"))
-    text = tmp_path / "text.txt"
-    text.write_text("the cat sat on the mat and the dog sat on the log\n" * 400)
-    changes = [f"dataset={text}", "n_layer=2", "n_head=2", "n_embd=64", "context_length=32", "batch_size=8", "lr=1e-2",
-               "precision=bf16", "tensorboard=false", f"compile={compiled}", "device=cuda"]  # fmt: skip
-    losses = []
-    for resume, steps in ((False, 30), (True, 40)):
-        config = resolve(None, None, [*changes, f"steps={steps}"])
-        dataset = prepare(config.data.dataset, "word")
-        trainer = Trainer(config, dataset, tmp_path / "run", Processes(0, 1, torch.device("cuda")), resume)
-        losses.append(trainer.run().train_loss)
-    assert losses[0] < 1.0
-    assert losses[1] <= losses[0] + 0.05
-
-
 def run_on_the_gpu(tmp_path, monkeypatch, name, *changes, resume=False):
-    """A short run with dropout, accumulation and a schedule; returns the trainer and its log."""
+    """A short run; returns its trainer and the logged losses by step."""
     monkeypatch.setenv("WIKIGPT_CACHE_DIR", str(tmp_path / "cache"))
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat and the dog sat on the log\n" * 400)
     config = resolve(None, None, [
-        f"dataset={text}", "n_layer=2", "n_head=2", "n_embd=64", "context_length=32", "batch_size=4", "accumulate=2",
-        "lr=1e-2", "warmup_steps=3", "dropout=0.1", "precision=bf16", "tensorboard=false", "device=cuda", "log_interval=1",
-        "ema_decay=0.9", "save_interval=9", *changes,
+        f"dataset={text}", "n_layer=2", "n_head=2", "n_embd=64", "context_length=32", "batch_size=8", "lr=1e-2",
+        "precision=bf16", "tensorboard=false", "device=cuda", *changes,
     ])  # fmt: skip
     dataset = prepare(config.data.dataset, "word")
     trainer = Trainer(config, dataset, tmp_path / name, Processes(0, 1, torch.device("cuda")), resume)
@@ -100,9 +82,25 @@ def run_on_the_gpu(tmp_path, monkeypatch, name, *changes, resume=False):
     return trainer, {line["step"]: line for line in read_log(tmp_path / name) if "loss" in line}
 
 
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_training_on_the_gpu_learns_and_resumes(tmp_path, monkeypatch, compiled):
+    losses = []
+    for resume, steps in ((False, 30), (True, 40)):
+        trainer, _ = run_on_the_gpu(tmp_path, monkeypatch, "run", f"steps={steps}", f"compile={compiled}", resume=resume)
+        losses.append(trainer.train_loss)
+    assert losses[0] < 1.0
+    assert losses[1] <= losses[0] + 0.05
+
+
+# Everything that a captured step must carry: dropout, accumulation, a schedule, a moving average.
+FULL_STEP = (
+    "batch_size=4", "accumulate=2", "warmup_steps=3", "dropout=0.1", "ema_decay=0.9", "log_interval=1", "save_interval=9",
+)  # fmt: skip
+
+
 def test_steps_of_a_captured_graph_equal_steps_run_one_kernel_at_a_time(tmp_path, monkeypatch):
-    graph, graph_log = run_on_the_gpu(tmp_path, monkeypatch, "graph", "steps=20")
-    eager, eager_log = run_on_the_gpu(tmp_path, monkeypatch, "eager", "steps=20", "cuda_graph=false")
+    graph, graph_log = run_on_the_gpu(tmp_path, monkeypatch, "graph", *FULL_STEP, "steps=20")
+    eager, eager_log = run_on_the_gpu(tmp_path, monkeypatch, "eager", *FULL_STEP, "steps=20", "cuda_graph=false")
     assert graph.compute.graph is not None
     assert not graph.compute.failed
     assert set(graph_log) == set(eager_log) == set(range(1, 21))
@@ -115,7 +113,7 @@ def test_steps_of_a_captured_graph_equal_steps_run_one_kernel_at_a_time(tmp_path
 
 def test_every_replay_of_the_graph_drops_other_elements(tmp_path, monkeypatch):
     """With a learning rate of 0 the same batch gives another loss only through dropout."""
-    trainer, _ = run_on_the_gpu(tmp_path, monkeypatch, "run", "steps=6", "lr=0", "dropout=0.5")
+    trainer, _ = run_on_the_gpu(tmp_path, monkeypatch, "run", *FULL_STEP, "steps=6", "lr=0", "dropout=0.5")
     places = trainer.batches.places(0, 8)
     losses = [float(trainer.compute(places)) for _ in range(8)]
     assert trainer.compute.graph is not None
@@ -123,9 +121,9 @@ def test_every_replay_of_the_graph_drops_other_elements(tmp_path, monkeypatch):
 
 
 def test_a_run_of_graphs_resumes_to_the_same_bits(tmp_path, monkeypatch):
-    run_on_the_gpu(tmp_path, monkeypatch, "parts", "steps=9", "schedule=constant")
-    parts, _ = run_on_the_gpu(tmp_path, monkeypatch, "parts", "steps=18", "schedule=constant", resume=True)
-    whole, _ = run_on_the_gpu(tmp_path, monkeypatch, "whole", "steps=18", "schedule=constant")
+    run_on_the_gpu(tmp_path, monkeypatch, "parts", *FULL_STEP, "steps=9", "schedule=constant")
+    parts, _ = run_on_the_gpu(tmp_path, monkeypatch, "parts", *FULL_STEP, "steps=18", "schedule=constant", resume=True)
+    whole, _ = run_on_the_gpu(tmp_path, monkeypatch, "whole", *FULL_STEP, "steps=18", "schedule=constant")
     assert parts.step == whole.step == 18
     for p, q in zip(parts.model.parameters(), whole.model.parameters()):
         assert torch.equal(p, q)

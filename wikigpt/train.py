@@ -647,13 +647,13 @@ class Trainer:
             if on_step is not None and self.processes.first:
                 on_step(reading.step, train.steps, figures)
 
-        def settle() -> None:
-            """Log what is under way, and look at the loss of the last step."""
+        def settle() -> float:
+            """Log what is under way; the loss of the last step, which must be finite."""
             nonlocal underway
             if underway is not None:
                 report(underway)
             underway = None
-            self._check(self._mean(loss), self.step)
+            return self._check(self._mean(loss), self.step)
 
         with Interrupt() as interrupt:
             while self.progress() < 1.0:
@@ -676,19 +676,18 @@ class Trainer:
                         report(now)
                     logged_step, mark = self.step, end
                 validates = self.step % train.eval_interval == 0 and self.progress() < 1.0
+                saves = self.step % train.save_interval == 0
                 if validates:
                     settle()
                     valid = self._validate(train.eval_tokens)
                     self.log(f"step {self.step}: train loss {float(loss):.3f}, validation perplexity {valid.per_token:.1f}")
                     self.model.train()
-                if self.step % train.save_interval == 0:
+                if saves:
                     settle()
                     self._save()
-                if validates or self.step % train.save_interval == 0:
+                if validates or saves:
                     logged_step, mark = self.step, Mark(device)
-            if underway is not None:
-                report(underway)
-        self.train_loss = self._check(self._mean(loss), self.step) if self.step > 0 else math.nan
+        self.train_loss = settle() if self.step > 0 else math.nan
         stopped = interrupt.signal is not None
         test = None
         if stopped:
