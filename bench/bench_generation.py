@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+
 from wikigpt import hub
 from wikigpt.generate import generate
 

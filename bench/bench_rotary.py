@@ -120,9 +120,9 @@ def problem(case: Case, device: str) -> Problem:
         return list(turned) if grads is None else list(torch.autograd.grad(turned, (q, k), grads))
 
     def once(function: Function, dtype: torch.dtype, table: torch.dtype) -> list[Tensor]:
-        leaves = [x.detach().to(dtype, copy=True).requires_grad_(case.backward) for x in (q, k)]
+        a, b = (x.detach().to(dtype, copy=True).requires_grad_(case.backward) for x in (q, k))
         wide = None if grads is None else [grad.to(dtype) for grad in grads]
-        return run(function, *leaves, cos.to(table), sin.to(table), wide)
+        return run(function, a, b, cos.to(table), sin.to(table), wide)
 
     @functools.cache
     def expected() -> tuple[list[Tensor], list[Tensor]]:

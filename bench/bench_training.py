@@ -2,10 +2,12 @@
 
     pytest bench/bench_training.py [--sizes smoke|default|full] [--device cpu|cuda]
 
-"ours" is the step of `wikigpt train`, its data included; the peers see one batch again and again. Every implementation runs in
+"ours" is the step of `wikigpt train`, its data included, on a GPU the whole step as one CUDA graph ("ours, eager": without,
+"ours, compiled": torch.compile inside the graph, as the presets for a GPU do); the peers see one batch again and again. Every implementation runs in
 a process of its own; the processes take turns, some steps each, so that a machine whose speed drifts slows all of them alike.
 Ours, PyTorch's and transformers' hold the same weights, and their losses are compared before anything is timed. Time is what a
-caller waits. TFLOP/s counts 6 per weight and token and PaLM's term for attention. Peak memory is the GPU's, on a CPU that of
+caller waits. TFLOP/s counts 6 per weight and token and PaLM's term for attention; MFU is that part of the bf16 peak in the
+data sheet. Peak memory is the GPU's, on a CPU that of
 the whole process.
 """
 
@@ -19,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .machine import ROOT
+from . import machine
 from .suite import Function, Measure, Peer, Problem, Row, fill, plain, rows
 from .timing import Samples
 
@@ -39,7 +41,7 @@ W128 = (33278, 256, 4, 4, 128, 8)
 W192 = (33278, 256, 4, 4, 192, 8)
 W512 = (33278, 128, 6, 8, 512, 8)
 WIKITEXT = (33278, 512, 6, 8, 512, 32)  # the model of the preset wikitext-2, as GPT-2 would be built
-GPT2 = (50257, 1024, 12, 12, 768, 8)
+GPT2 = (50257, 1024, 12, 12, 768, 16)
 MEDIUM = (50257, 1024, 24, 16, 1024, 8)
 SIZES = {
     ("cpu", "smoke"): [SMOKE],
@@ -55,15 +57,14 @@ WARMUP = {"cpu": 2, "cuda": 6}  # compiles, allocates, captures
 
 
 def cases(device: str, sizes: str) -> list[Case]:
-    precisions = ("bf16",) if device == "cuda" else ("fp32", "bf16")
+    precisions = ("bf16",) if device == "cuda" else ("fp32",) if sizes == "smoke" else ("fp32", "bf16")
     return [Case(*size, precision) for size in SIZES[device, sizes] for precision in precisions]
 
 
 def peers(case: Case, device: str, sizes: str) -> dict[str, Peer]:
     names = ["ours", "plain PyTorch", "transformers", "seed document"]
     if device == "cuda":
-        # The presets for a GPU compile; without it, the kernels alone.
-        names[1:1] = ["ours, compiled"]
+        names[1:1] = ["ours, eager", "ours, compiled"]
     if sizes != "smoke":  # a compiler's minute
         names[-2:-2] = ["plain PyTorch, compiled"]
     return {name: plain(print) for name in names}
@@ -82,7 +83,7 @@ class Worker:
     def __init__(self, name: str, case: Case, device: str):
         self.process = subprocess.Popen(
             [sys.executable, "-m", "bench.training_worker"],
-            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+            cwd=machine.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
         )  # fmt: skip
         size = case._asdict()
         self.ask(json.dumps({"name": name, "size": size, "precision": size.pop("precision"), "device": device}))
@@ -153,7 +154,11 @@ def measure_processes(case: Case, names: list[str], device: str, sizes: str) -> 
         for worker in workers.values():
             worker.close()
     for name in right:
-        fill(found[name], shared, device, samples[name], peaks[name])
+        row = found[name]
+        fill(row, shared, device, samples[name], peaks[name])
+        if (peak := machine.peak_flops(device)) is not None:
+            row.info["mfu"] = row.info["flops_per_second"] / peak
+            row.columns["MFU"] = f"{row.info['mfu']:.1%}"
     return found
 
 

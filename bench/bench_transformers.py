@@ -2,8 +2,8 @@
 
     pytest bench/bench_transformers.py [--sizes smoke|default|full] [--device cpu|cuda]
 
-Random weights; float32 on a CPU, bf16 on a GPU; attention is PyTorch's in both. A training step is forward and backward
-with labels, without an optimiser. Loss and gradients of the two are compared before they are timed; time is what a caller waits.
+Random weights; float32 on a CPU, bf16 on a GPU; attention is PyTorch's in both. A training step is forward and backward with
+labels, without an optimiser. Loss and gradients of the two are compared before they are timed. Time is what a caller waits.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+
 from wikigpt.integrations.transformers import patch
 
 from .suite import Function, Measure, Peer, Problem, plain, rows

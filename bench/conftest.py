@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -21,6 +22,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sizes", choices=("smoke", "default", "full"), default="default", help="how large the problems are")
     parser.addoption("--device", choices=("cpu", "cuda"), default=None, help="default: cuda where there is one")
     parser.addoption("--time-limit", type=float, default=None, help="seconds after which further groups are skipped")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--sizes") == "smoke" and device_of(config) == "cpu":
+        # Problems so small gain nothing from a second thread, and on a busy machine they wait long for it.
+        os.environ["OMP_NUM_THREADS"] = "1"  # for the processes of bench_training.py
+        torch.set_num_threads(1)
 
 
 def device_of(config: pytest.Config) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from wikigpt.train import _PEAK
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 PACKAGES = ("triton", "transformers", "flash-attn", "liger-kernel", "quack-kernels", "cut-cross-entropy")
@@ -39,6 +41,14 @@ def folder(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def peak_flops(device: str) -> float | None:
+    """Dense bf16 FLOP/s in the data sheet of this GPU, or None where it is not known."""
+    if device != "cuda":
+        return None
+    name = torch.cuda.get_device_name()
+    return next((value for part, value in _PEAK.items() if part in name), None)
+
+
 def commit() -> str:
     """The commit of this source tree. WIKIGPT_COMMIT names it for a copy without its history."""
     if given := os.environ.get("WIKIGPT_COMMIT"):
@@ -46,7 +56,11 @@ def commit() -> str:
     found = run("git", "rev-parse", "HEAD")
     if not re.fullmatch(r"[0-9a-f]{40}", found):
         return "not known"
-    return found + (" with changes" if run("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!docs") else "")
+    return found + (
+        " with changes"
+        if run("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!docs")
+        else ""
+    )
 
 
 def versions() -> dict[str, str]:
@@ -66,6 +80,11 @@ def facts(device: str) -> dict[str, Any]:
     found: dict[str, Any] = {"device": device, "cpu": cpu_name(), "cpu_threads": torch.get_num_threads()}
     if device == "cuda":
         p = torch.cuda.get_device_properties(0)
-        found |= {"gpu": p.name, "gpu_memory": p.total_memory, "sm": f"{p.major}{p.minor}", "multiprocessors": p.multi_processor_count}
+        found |= {
+            "gpu": p.name,
+            "gpu_memory": p.total_memory,
+            "sm": f"{p.major}{p.minor}",
+            "multiprocessors": p.multi_processor_count,
+        }
         found["driver"] = run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0]
     return found | {"versions": versions(), "commit": commit()}

@@ -179,9 +179,17 @@ def measure_group(
 def fill(row: Row, problem: Problem, device: str, samples: Samples, peak: int) -> None:
     """Enter the samples and everything that follows from them."""
     row.samples = samples
-    row.info = {"op": problem.op, "shape": problem.shape, "implementation": row.name, "device": device, "axes": problem.axes,
-                "dtype": str(problem.dtype).removeprefix("torch."), "peak_bytes": peak,
-                "calls_per_sample": samples.calls, "clock": "events" if device == "cuda" and not problem.wall else "host"}  # fmt: skip
+    row.info = {
+        "op": problem.op,
+        "shape": problem.shape,
+        "implementation": row.name,
+        "device": device,
+        "axes": problem.axes,
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "peak_bytes": peak,
+        "calls_per_sample": samples.calls,
+        "clock": "events" if device == "cuda" and not problem.wall else "host",
+    }
     row.columns = {}
     if samples.with_host:
         row.info["with_host"] = True

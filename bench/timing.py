@@ -78,7 +78,7 @@ class EventClock:
         self.cycles_per_second = cycles / (begin.elapsed_time(end) / 1e3)
 
     def _sample(self, call: Call, calls: int, hold: float) -> tuple[float, float, bool]:
-        """(device seconds of a call, host seconds to queue all of them, whether the device waited for the host's last launch)."""
+        """(device seconds of a call, host seconds to queue all of them, whether the device waited for the last launch)."""
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
         torch.cuda.synchronize()
         torch.cuda._sleep(int(hold * self.cycles_per_second))

@@ -1,7 +1,8 @@
 """Training steps of one implementation, in a process of its own, so that its memory and what it compiled are its own.
 
 Reads a JSON line {"name", "size", "precision", "device"}, answers {"loss"} of a fixed batch; then for each line with a number
-does so many steps and answers {"seconds", "peak_bytes"}, the seconds of one of them.
+does so many steps and answers {"seconds", "peak_bytes"}, the seconds of one of them. Between its turns it gives the memory of
+a GPU back: the processes of seven implementations share it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ Size = dict[str, int]
 class Job:
     """A model with everything around it that a step needs: `step` and the loss of a batch, to compare."""
 
+    model: nn.Module
     step: Callable[[], Any]
     loss: Callable[[Tensor, Tensor], Tensor]
 
@@ -36,7 +38,7 @@ class Job:
 class Ours(Job):
     """What `wikigpt train` does, with its data on the device, its schedule, its log left out."""
 
-    def __init__(self, size: Size, precision: str, device: str, start: PlainGPT, compiled: bool):
+    def __init__(self, size: Size, precision: str, device: str, start: PlainGPT, compiled: bool, graph: bool):
         from wikigpt.config import Config, DataConfig, TrainConfig
         from wikigpt.model import GPTConfig
         from wikigpt.train import Processes, Trainer
@@ -45,22 +47,26 @@ class Ours(Job):
         dataset: Any = SimpleNamespace(
             name="random", fingerprint="", tokens={"train": tokens}, tokenizer=SimpleNamespace(vocab_size=size["vocab_size"])
         )
-        model = GPTConfig(**{key: size[key] for key in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd")})
-        train = TrainConfig(batch_size=size["batch_size"], precision=precision, compile=compiled, tensorboard=False)
+        sizes: dict[str, Any] = {key: size[key] for key in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd")}
+        model = GPTConfig(**sizes)
+        train = TrainConfig(
+            batch_size=size["batch_size"], precision=precision, compile=compiled, cuda_graph=graph, tensorboard=False
+        )
         processes = Processes(0, 1, torch.device(device))
         directory = Path(tempfile.mkdtemp(prefix="wikigpt-bench-"))
         self.trainer = Trainer(Config(DataConfig(), model, train), dataset, directory, processes, log=say)
         self.trainer.model.load_state_dict(start.state_dict())
         self.trainer.model.train()
+        self.model = self.trainer.model
         self.step = self.trainer.train_step
-        self.loss = self.trainer.model
+        self.loss = self.trainer.forward
 
 
 class Plain(Job):
     """A model of PyTorch's own, trained as its users do: autocast, backward, clipping, its optimiser."""
 
     def __init__(self, model: Any, loss: Callable[[Tensor, Tensor], Tensor], size: Size, precision: str, device: str):
-        self.loss = loss
+        self.model, self.loss = model, loss
         model.to(device).train()
         optimizer = model.make_optimizer() if hasattr(model, "make_optimizer") else torch.optim.AdamW(model.parameters(), 1e-3)
         x, y = batch(size, device)
@@ -96,8 +102,8 @@ def build(name: str, size: Size, precision: str, device: str) -> Job:
             nn.init.normal_(p, std=0.02)
     compiled = name.endswith(", compiled")
     name = name.removesuffix(", compiled")
-    if name == "ours":
-        return Ours(size, precision, device, start, compiled)
+    if name in ("ours", "ours, eager"):
+        return Ours(size, precision, device, start, compiled, graph=name == "ours")
     model: Any = start
     loss: Any = start.loss
     if name == "transformers":
@@ -147,17 +153,33 @@ def main() -> None:
     work = json.loads(sys.stdin.readline())
     size, device, precision = work["size"], work["device"], work["precision"]
     job = build(work["name"], size, precision, device)
-    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-        print(json.dumps({"loss": float(job.loss(*batch(size, device)))}), flush=True)
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    # Where it compiles, also the backward: all processes do that at the same time, before any is timed.
+    compiled = work["name"].endswith(", compiled")
+    with torch.set_grad_enabled(compiled), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+        loss = job.loss(*batch(size, device))
+    if compiled:
+        loss.backward()
+        job.model.zero_grad(set_to_none=True)
+    answer = {"loss": float(loss)}
+    del loss
+    synchronize: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
+    free: Callable[[], None] = torch.cuda.empty_cache if device == "cuda" else lambda: None
+    free()
+    print(json.dumps(answer), flush=True)
     for line in sys.stdin:
         steps = int(line)
+        if device == "cuda":
+            job.step()  # allocates what it gave back
+            synchronize()
         begin = time.perf_counter()
         for _ in range(steps):
             job.step()
         synchronize()
         seconds = (time.perf_counter() - begin) / steps
-        peak = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = (
+            torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
+        free()
         print(json.dumps({"seconds": seconds, "peak_bytes": peak}), flush=True)
 
 
