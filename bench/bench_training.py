@@ -3,8 +3,9 @@
     pytest bench/bench_training.py [--sizes smoke|default|full] [--device cpu|cuda]
 
 "ours" is the step of `wikigpt train`, its data included, on a GPU the whole step as one CUDA graph ("ours, eager": without,
-"ours, compiled": torch.compile inside the graph, as the presets for a GPU do); the peers see one batch again and again. Every implementation runs in
-a process of its own; the processes take turns, some steps each, so that a machine whose speed drifts slows all of them alike.
+"ours, compiled": torch.compile inside the graph, as the presets for a GPU do); the peers see one batch again and again. "plain
+PyTorch" is SDPA and fused AdamW, "seed document" the model code this project started from. Every implementation runs in a
+process of its own; the processes take turns, some steps each, so that a machine whose speed drifts slows all of them alike.
 Ours, PyTorch's and transformers' hold the same weights, and their losses are compared before anything is timed. Time is what a
 caller waits. TFLOP/s counts 6 per weight and token and PaLM's term for attention; MFU is that part of the bf16 peak in the
 data sheet. Peak memory is the GPU's, on a CPU that of

@@ -83,6 +83,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     limit = item.config.getoption("--time-limit")
     if limit is not None and time.monotonic() - _begin > limit and key_of(item) not in _report.groups:
+        _report.late.add(item.nodeid)
         pytest.skip(f"the time limit of {limit:.0f} s has passed")
 
 
@@ -108,6 +109,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
     output_json["missing"] = {
         reason: {test: sorted(names) for test, names in tests.items()} for reason, tests in _report.missing.items()
     }
+    output_json["left_out_for_time"] = sorted(_report.late)
     rows = [row for row in _report.rows if row.info.get("ceiling")]
     output_json["ceilings"] = {
         **{f"matmul {dtype}": matmul_ceiling(device, getattr(torch, dtype))

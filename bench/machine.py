@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from wikigpt.train import _PEAK
+from wikigpt.kernels.roofline import GPUS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -46,7 +45,7 @@ def peak_flops(device: str) -> float | None:
     if device != "cuda":
         return None
     name = torch.cuda.get_device_name()
-    return next((value for part, value in _PEAK.items() if part in name), None)
+    return next((gpu.tensor * 1e12 for part, gpu in GPUS.items() if part in name), None)
 
 
 def commit() -> str:

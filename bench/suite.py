@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -143,6 +144,9 @@ def hand_over(benchmark: Any, group: str, seconds: list[float]) -> None:
 @functools.cache
 def make(peer: Peer) -> Function:
     """Made once: a compiled function keeps what it compiled."""
+    # After eight shapes torch.compile would run a function as it is, and the row would not be what it says.
+    dynamo: Any = importlib.import_module("torch._dynamo.config")
+    dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 10_000
     return peer.make()
 
 
@@ -259,6 +263,7 @@ class Report:
     """What a session of pytest has measured."""
 
     groups: dict[Any, dict[str, Row]] = field(default_factory=dict)
+    late: set[str] = field(default_factory=set)  # rows left out when time was over
     chosen: dict[Any, list[str]] = field(default_factory=dict)  # group -> names that this session runs
     rows: list[Row] = field(default_factory=list)
     missing: dict[str, dict[str, set[str]]] = field(default_factory=dict)  # reason -> test -> names
