@@ -478,6 +478,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: no CUDA device here; --device cpu --sizes smoke proves the script without one", file=sys.stderr)
         return 2
     point_to_data()
+    if args.device == "cpu" and args.sizes == "smoke":
+        os.environ["OMP_NUM_THREADS"] = "1"  # problems so small gain nothing from a second thread
     folder = Folder((args.out or machine.RESULTS / machine.folder(args.device)).resolve())
     commit = machine.commit()
     every = parts(args)
