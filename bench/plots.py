@@ -6,6 +6,7 @@ drawn on top; a peer has the same colour in every plot.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 if TYPE_CHECKING:
     from .records import Record
@@ -87,6 +89,7 @@ def _paper(theme: Theme) -> Any:
         "xtick.color": theme.ink, "ytick.color": theme.ink, "grid.color": theme.faint, "legend.frameon": False,
         "font.size": 10, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.spines.top": False,
         "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "lines.markersize": 5, "svg.hashsalt": "wikigpt",
+        "svg.fonttype": "none",
     }  # fmt: skip
     with rc_context(settings):  # type: ignore[arg-type]
         yield
@@ -118,14 +121,8 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _legend(figure: Figure, style: Style, marks: bool = True) -> None:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    handles: list[Any] = [
-        Line2D([], [], label=name, **style.line(name)) if marks else Patch(color=style.color(name), label=name)
-        for name in style.order()
-    ]
+def _legend(figure: Figure, style: Style, **changes: Any) -> None:
+    handles = [Line2D([], [], label=name, **style.line(name) | changes) for name in style.order()]
     figure.legend(handles=handles, loc="outside right upper", fontsize=9)
 
 
@@ -206,7 +203,7 @@ def roofline(rows: Rows) -> Make:
         axis.set_xlim(left=0, right=max(1.05, 1.05 * max(row["of_ceiling"] for row in rows)))
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axis.set_xlabel("part of the ceiling measured in the same run: one large product, one large copy")
-        _legend(figure, style)
+        _legend(figure, style, linestyle="none")
         return figure
 
     return make
@@ -215,9 +212,7 @@ def roofline(rows: Rows) -> Make:
 # --- bars -------------------------------------------------------------------------------------------------------------
 
 
-def bars(
-    rows: Rows, value: Callable[[dict[str, Any]], float], label: str, show: Callable[[float], str]
-) -> Callable[[Theme], Figure]:
+def bars(rows: Rows, value: Value, label: str) -> Make:
     """A panel for each group, a bar for each implementation."""
     panels = _panels(rows, lambda row: row["group"])
 
@@ -235,6 +230,7 @@ def bars(
             axis.set_yticks(places, _names(members))
             axis.invert_yaxis()
             axis.set_xlim(0, 1.16 * max(values))
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
             axis.grid(axis="y", visible=False)
             axis.set_title(title, loc="left")
         axes[-1].set_xlabel(label)
@@ -276,16 +272,26 @@ def _step(row: dict[str, Any]) -> bool:
     return row["op"].startswith("training step")
 
 
-def _bound(row: dict[str, Any]) -> bool:
-    """Rows of ops that have a ceiling; the references are no rivals."""
-    return "of_ceiling" in row and not _step(row) and row["name"] != "reference"
+KINDS = ("attention", "norms", "losses", "others")  # a plot of all would be too long to read
+
+
+def _kind(op: str) -> str:
+    for kind, words in zip(KINDS, (("attention", "decoding"), ("layer_norm", "rms_norm"), ("cross-entropy",))):
+        if any(word in op for word in words):
+            return kind
+    return KINDS[-1]
+
+
+def _bound(kind: str, row: dict[str, Any]) -> bool:
+    """Rows of a kind of ops that have a ceiling; the references are no rivals."""
+    return "of_ceiling" in row and not _step(row) and row["name"] != "reference" and _kind(row["op"]) == kind
 
 
 # title, name of the file, which rows, how
 PLOTS: list[tuple[str, str, Callable[[dict[str, Any]], bool], Callable[[Rows], Make]]] = [
     ("Speed by sequence length", "speed", lambda row: _attention(row) and "flops_per_second" in row,
      lambda rows: by_length(rows, lambda row: row["flops_per_second"] / 1e12, "TFLOP/s", False)),
-    ("Fraction of the roofline", "roofline", _bound, roofline),
+    *((f"Fraction of the roofline: {name}", f"roofline-{name}", functools.partial(_bound, name), roofline) for name in KINDS),
     ("Peak memory of attention", "memory-attention", lambda row: _attention(row) and bool(row.get("peak_bytes")),
      lambda rows: by_length(rows, _memory, "MiB beyond the inputs", True)),
     ("Peak memory of the loss", "memory-loss",

@@ -127,9 +127,8 @@ def ratios(rows: Rows, peers: Sequence[str] | None = None) -> list[float]:
         groups.setdefault(row["group"], {})[row["name"]] = row["median"]
     found = []
     for times in groups.values():
-        others = [
-            t for name, t in times.items() if (name in peers if peers else not name.startswith("ours") and name != "reference")
-        ]
+        rivals = peers or [name for name in times if not name.startswith("ours") and name != "reference"]
+        others = [times[name] for name in rivals if name in times]
         if "ours" in times and others:
             found.append(min(others) / times["ours"])
     return found
@@ -343,9 +342,12 @@ def section(machine: Machine, out: Path) -> list[str]:
         lines += ["### Against the others", summary(rows)]
     drawn = plots.draw(machine, out / "benchmarks")
     for title, path in drawn.items():
-        lines += [f"### {title}", NOT_MEASURED if path is None else picture(path, f"{title}, {machine.title}")]
+        if path is not None:
+            lines += [f"### {title}", picture(path, f"{title}, {machine.title}")]
+    if nothing := [title for title, path in drawn.items() if path is None]:
+        lines.append(f"No result on this machine, so {NOT_MEASURED}: {'; '.join(nothing).lower()}.")
     runs, extra = machine.of("wikitext"), machine.of("training")
-    lines += ["### WikiText-2", wikitext(runs)]
+    lines += ["### WikiText-2 runs", wikitext(runs)]
     if machine.gpu:
         lines += ["### Profile of a training step", profiled(extra.get("profile", {}))]
         lines += ["### Tests on this GPU", tested(machine.of("tests"))]
