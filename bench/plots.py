@@ -162,6 +162,9 @@ def by_length(rows: Rows, value: Value, label: str, log: bool) -> Make:
             axis.set(title=title, xlabel="sequence length", ylabel=label)
             if log:
                 axis.set_yscale("log")
+                axis.grid(which="both")
+                for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                    which(lambda value, _: f"{value:,.0f}" if f"{value:e}"[0] in "125" else "")
             else:
                 axis.set_ylim(bottom=0)
         for axis in list(axes)[len(panels) :]:
@@ -246,7 +249,7 @@ def curves(runs: dict[str, dict[str, Any]]) -> Make:
         style = Style(theme, list(runs))
         figure = _figure(9.0, 4.2)
         axis = figure.subplots()
-        for name in style.order():
+        for name in sorted(runs, key=lambda name: runs[name]["valid_perplexity"]):
             part = runs[name]
             look = style.line(name) | {"marker": "", "label": f"{name}: validation perplexity {part['valid_perplexity']:.1f}"}
             axis.plot(*zip(*part["curve"]), **look)

@@ -79,7 +79,8 @@ class Machine:
 
     @property
     def title(self) -> str:
-        return self.facts.get("gpu") or self.facts.get("cpu") or self.folder
+        first, *_ = self.notes.splitlines() or [""]
+        return self.facts.get("gpu") or self.facts.get("cpu") or first.removeprefix("# ").strip() or self.folder
 
     def of(self, file: str) -> dict[str, dict[str, Any]]:
         return {part.name: part.content for part in self.parts if part.file == file}
@@ -336,7 +337,10 @@ def tested(parts: dict[str, dict[str, Any]]) -> str:
 
 
 def section(machine: Machine, out: Path) -> list[str]:
-    lines = [f"## {machine.title}", machine.caption() + "."]
+    lines = [f"## {machine.title}"]
+    if not machine.parts:
+        return [*lines, machine.notes.partition("\n")[2].strip()]
+    lines.append(machine.caption() + ".")
     rows = machine.rows
     if rows:
         lines += ["### Against the others", summary(rows)]

@@ -35,17 +35,32 @@ class Standing:
         return max(self.ratios.items(), key=lambda item: item[1])
 
 
+EVERYTHING = "everything"
+
+
 def standings(medians: Iterable[tuple[str, str, str, float]]) -> list[Standing]:
-    """From (op, shape, implementation, median seconds). Variants of ours ("ours, blocked") are not peers."""
+    """From (op, shape, implementation, median seconds): by op and peer, then by peer over all ops, where those are many.
+
+    Variants of ours ("ours, blocked") are not peers. The forms of attention are cells of one op.
+    """
     cells: dict[tuple[str, str], dict[str, float]] = {}
     for op, shape, name, median in medians:
+        op, head_dim, form = op.partition(", head_dim")
+        shape = f"head_dim{form}, {shape}" if head_dim else shape
         cells.setdefault((op, shape), {})[name] = median
     found: dict[tuple[str, str], dict[str, float]] = {}
     for (op, shape), times in cells.items():
         for name, median in times.items():
             if "ours" in times and not ours(name):
                 found.setdefault((op, name), {})[shape] = median / times["ours"]
-    return [Standing(op, peer, ratios) for (op, peer), ratios in found.items()]
+    overall: dict[str, dict[str, float]] = {}
+    for (op, peer), ratios in found.items():
+        overall.setdefault(peer, {}).update({f"{op}, {shape}": ratio for shape, ratio in ratios.items()})
+    many = {peer for peer in overall if len([op for op, name in found if name == peer]) > 1}
+    return [
+        *(Standing(op, peer, ratios) for (op, peer), ratios in found.items()),
+        *(Standing(EVERYTHING, peer, ratios) for peer, ratios in overall.items() if peer in many),
+    ]
 
 
 def print_tables(report: Report) -> None:
