@@ -32,11 +32,13 @@ class Case(NamedTuple):
 
 WIDTHS = (64, 128, 512, 768, 1024, 2048, 4096, 5120, 8192, 16384, 32768, 65536)
 LARGE = [(65536, 512), (16384, 2048), (8192, 4096), (8192, 8192), (4096, 16384), (2048, 32768), (1024, 65536)]
-# device, sizes -> (rows, columns). LARGE: 64 MB and more in bf16, where the copy's bandwidth is the goal.
+# device, sizes -> (rows, columns). 64 MB and more in bf16 are LARGE, where the copy's bandwidth is the goal.
 SHAPES = {
     ("cuda", "smoke"): [(256, 512)],
-    ("cuda", "default"): [*LARGE, (65536, 64), (512, 1024), (1, 4096)],
-    ("cuda", "full"): [(m, n) for n in WIDTHS for m in (1, 32, 1024, 8192, 65536) if m * n <= 2**29],
+    ("cuda", "default"): [(16384, 2048), (8192, 8192), (512, 1024)],
+    ("cuda", "full"): list(
+        dict.fromkeys([*((m, n) for n in WIDTHS for m in (1, 32, 1024, 8192, 65536) if m * n <= 2**29), *LARGE])
+    ),
     ("cpu", "smoke"): [(64, 128)],
     ("cpu", "default"): [(2048, 192), (2048, 768), (512, 4096)],
     ("cpu", "full"): [(m, n) for n in (64, 192, 768, 4096) for m in (1, 64, 2048)],

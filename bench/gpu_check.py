@@ -50,7 +50,7 @@ class Part:
     limit: float  # seconds
     command: Callable[[Path], list[str]]  # (a folder of its own) -> what is run
     read: Callable[[Path, int], dict[str, Any]]  # (the same, exit code) -> what is kept; without "passed" it is the exit code's
-    together: bool = False  # nothing in it is timed: it may run beside its neighbours
+    beside: str | None = None  # nothing in it is timed: it may run beside its neighbours of the same name
 
     @property
     def place(self) -> tuple[str, str]:
@@ -66,7 +66,7 @@ def _pytest(*arguments: str) -> list[str]:
 
 
 def run_tests(name: str, limit: float, *arguments: str, before: Sequence[str] = ()) -> Part:
-    return Part(name, limit, lambda folder: [*before, *_pytest(*arguments)], lambda folder, code: {}, together=True)
+    return Part(name, limit, lambda folder: [*before, *_pytest(*arguments)], lambda folder, code: {}, beside="tests")
 
 
 def benchmark(name: str, limit: float, args: Arguments, *files: str) -> Part:
@@ -257,8 +257,11 @@ def profile(args: Arguments) -> dict[str, Any]:
                     job.step()
                 synchronize()
             results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
-            events = [(event.name(), event.start_ns(), event.duration_ns(), event.device_type()) for event in results.events()]
-            kernels = [event[:3] for event in events if event[3] == torch.autograd.DeviceType.CUDA]
+            kernels = [
+                (event.name(), event.start_ns(), event.duration_ns())
+                for event in results.events()
+                if event.device_type() == torch.autograd.DeviceType.CUDA and not event.is_user_annotation()
+            ]
             averages = sorted(profiler.key_averages(), key=lambda entry: -entry.self_cpu_time_total)
             host = [{"name": e.key[:120], "ms_per_step": e.self_cpu_time_total / steps / 1e3} for e in averages[:10]]
             rate = flops(case) / seconds
@@ -286,24 +289,25 @@ PYTHON: dict[str, Callable[[Arguments], dict[str, Any]]] = {
 }
 
 
-def python(name: str, limit: float, args: Arguments) -> Part:
+def python(name: str, limit: float, args: Arguments, beside: str | None = None) -> Part:
     def command(folder: Path) -> list[str]:
         run = [sys.executable, "-m", "bench.gpu_check", "--call", name, "--result", str(folder / "result.json")]
         return [*run, "--device", args.device, "--sizes", args.sizes]
 
-    return Part(name, limit, command, lambda folder, code: json.loads((folder / "result.json").read_text()))
+    return Part(name, limit, command, lambda folder, code: json.loads((folder / "result.json").read_text()), beside)
 
 
 # --- the list ---------------------------------------------------------------------------------------------------------
 
-# Seconds on an H100 that the benchmark of an op may take; half a minute for those that are not named.
-OP_LIMITS = {"attention": 90.0, "linear_cross_entropy": 60.0, "norm": 60.0}
+# Seconds that the benchmark of an op may take on an H100; OTHERS for those that are not named. Guessed: no GPU has run them.
+OP_LIMITS = {"attention": 100.0, "linear_cross_entropy": 90.0, "norm": 75.0, "activation": 60.0}
+OTHERS = 40.0
 MODELS = ("training", "generation", "transformers")
 
 
 def parts(args: Arguments) -> list[Part]:
     """What is worth most comes first: --minutes may end before the list does."""
-    found = [python("environment/environment", 60, args), python("environment/build", 240, args)]
+    found = [python("environment/environment", 60, args), python("environment/build", 240, args, beside="build")]
     if args.device == "cpu" or args.sizes == "smoke":
         # To prove the script: the tests have run elsewhere, and one process for all benchmarks imports torch once.
         files = gpu_test_files() if args.device == "cuda" else ["test_dispatch"]
@@ -312,11 +316,11 @@ def parts(args: Arguments) -> list[Part]:
         return [*found, *(python(f"wikitext/{name}", 120, args) for name in VARIANTS), python("training/profile", 120, args)]
     ops = sorted(path.stem.removeprefix("bench_") for path in (ROOT / "bench").glob("bench_*.py"))
     ops = [op for op in ops if op not in MODELS]
-    found += [run_tests(f"tests/{name}", 150, f"tests/{name}.py") for name in gpu_test_files()]
     # The benchmarks without their clock: kernels are compiled, by many processes, before one process is timed.
     found += [compile_first(f"tests/compile-{op}", 150, args, f"bench/bench_{op}.py") for op in ops]
+    found += [run_tests(f"tests/{name}", 150, f"tests/{name}.py") for name in gpu_test_files()]
     found += sanitizer()
-    found += [benchmark(f"ops/{op}", OP_LIMITS.get(op, 30.0), args, f"bench/bench_{op}.py") for op in ops]
+    found += [benchmark(f"ops/{op}", OP_LIMITS.get(op, OTHERS), args, f"bench/bench_{op}.py") for op in ops]
     found += [benchmark("training/training", 150, args, "bench/bench_training.py")]
     found += [python(f"wikitext/{name}", 130, args) for name in VARIANTS]
     found += [python("training/profile", 60, args)]
@@ -326,7 +330,7 @@ def parts(args: Arguments) -> list[Part]:
 def compile_first(name: str, limit: float, args: Arguments, file: str) -> Part:
     """Passes whatever happens: what is wrong is found again, and told, when it is timed."""
     command = _pytest(file, "--sizes", args.sizes, "--device", args.device, "--benchmark-disable")
-    return Part(name, limit, lambda folder: command, lambda folder, code: {"passed": True}, together=True)
+    return Part(name, limit, lambda folder: command, lambda folder, code: {"passed": True}, beside="build")
 
 
 def sanitizer() -> list[Part]:
@@ -432,8 +436,8 @@ def run_all(todo: Sequence[Part], folder: Folder, commit: str, minutes: float, w
         return part.name, run(part, min(part.limit, left), folder, commit) if left > part.limit / 3 else None
 
     verdicts: list[tuple[str, bool | None]] = []
-    for together, group in itertools.groupby(todo, key=lambda part: part.together):
-        with ThreadPoolExecutor(workers if together else 1) as pool:
+    for beside, group in itertools.groupby(todo, key=lambda part: part.beside):
+        with ThreadPoolExecutor(workers if beside else 1) as pool:
             verdicts += pool.map(one, group)
     return [name for name, passed in verdicts if passed is False], [name for name, passed in verdicts if passed is None]
 

@@ -14,7 +14,7 @@ from bench import gpu_check, machine, records
 from bench.gpu_check import Folder, Part, in_order, run, run_all, shorten, summarize
 
 
-def part(name: str, code: str = "", limit: float = 30.0, together: bool = False) -> Part:
+def part(name: str, code: str = "", limit: float = 30.0, beside: str | None = None) -> Part:
     """Runs Python code; what it writes to result.json in its folder is what it found."""
 
     def command(folder: Path) -> list[str]:
@@ -24,7 +24,7 @@ def part(name: str, code: str = "", limit: float = 30.0, together: bool = False)
         path = folder / "result.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
-    return Part(name, limit, command, read, together)
+    return Part(name, limit, command, read, beside)
 
 
 @pytest.fixture
@@ -46,8 +46,8 @@ def test_what_parts_find_is_entered_under_their_names(folder):
 
 
 def test_a_crash_hides_no_other_part(folder, capsys):
-    crash = part("tests/crash", "import os, signal; print('before'); os.kill(os.getpid(), signal.SIGSEGV)", together=True)
-    failed, left = run_all([crash, part("tests/fine", together=True)], folder, "c0", 1, 2)
+    crash = part("tests/crash", "import os, signal; print('before'); os.kill(os.getpid(), signal.SIGSEGV)", beside="x")
+    failed, left = run_all([crash, part("tests/fine", beside="x")], folder, "c0", 1, 2)
     assert (failed, left) == (["tests/crash"], [])
     assert folder.read("tests")["crash"]["exit_code"] == -11
     assert folder.read("tests")["fine"]["passed"]

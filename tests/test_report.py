@@ -29,13 +29,15 @@ def results(tmp_path: Path) -> Path:
     rows = []
     for s in (512, 2048):
         for name, time in (("ours", 1.0), ("SDPA flash", 2.0), ("SDPA cuDNN", 0.8), ("reference", 9.0)):
-            axes = {"s": s}
-            rows.append(row("attention forward, head_dim 64, causal", f"S {s}", name, time * s / 1e6, axes=axes,
-                            flops_per_second=4e14 / time, of_ceiling=0.6 / time, ceiling="matmul", peak_bytes=2**27))  # fmt: skip
+            speed = {"flops_per_second": 4e14 / time, "of_ceiling": 0.6 / time, "ceiling": "matmul", "peak_bytes": 2**27}
+            rows.append(row("attention forward, head_dim 64, causal", f"S {s}", name, time * s / 1e6, axes={"s": s}, **speed))
     write(tmp_path / "h100", "ops", attention={"rows": rows, "missing": {"not installed": {"attention": ["flash-attn 2"]}}})
-    steps = [row("training step, bf16", "6 layers x 512, 32 x 512 tokens", name, 1 / rate, tokens_per_second=rate, mfu=0.5,
-                 peak_bytes=2**30) for name, rate in (("ours", 900.0), ("ours, compiled", 1000.0),
-                                                      ("plain PyTorch, compiled", 500.0), ("seed document", 100.0))]  # fmt: skip
+    rates = {"ours": 900.0, "ours, compiled": 1000.0, "plain PyTorch, compiled": 500.0, "seed document": 100.0}
+    shape = "6 layers x 512, 32 x 512 tokens"
+    steps = [
+        row("training step, bf16", shape, name, 1 / rate, tokens_per_second=rate, mfu=0.5, peak_bytes=2**30)
+        for name, rate in rates.items()
+    ]
     write(tmp_path / "h100", "training", training={"rows": steps})
     run = {"training_seconds": 60.0, "steps": 10, "tokens_per_second": 5.0, "valid_perplexity": 61.5, "test_perplexity": 60.5}
     write(tmp_path / "h100", "wikitext", ours={**run, "curve": [[1.0, 9.0], [2.0, 5.0]]})
@@ -45,9 +47,8 @@ def results(tmp_path: Path) -> Path:
 def test_the_page_has_figures_where_there_are_results_and_says_so_where_there_are_none(results, tmp_path):
     report.main(["--results", str(results), "--out", str(tmp_path / "docs")])
     text = (tmp_path / "docs" / "benchmarks.md").read_text()
-    line = {
-        cells[0].strip(): [cell.strip() for cell in cells] for cells in (x.strip("| ").split("|") for x in text.splitlines())
-    }
+    table = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines()]
+    line = {cells[0]: cells for cells in table}
     assert line["attention forward, head_dim 64 and 128, S 512 to 16k"][3:] == ["0.80x, worst 0.80x", "not measured"]
     assert line["decoding, batch 1 to 64, context 8k to 128k"][3:] == ["not measured", "not measured"]
     assert line["WikiText-2 for 60 seconds"][3] == "ours 61.5"
