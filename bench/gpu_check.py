@@ -82,10 +82,16 @@ def benchmark(name: str, limit: float, args: Arguments, *files: str) -> Part:
     return Part(name, limit, command, read)
 
 
-def gpu_test_files() -> list[str]:
-    """Only files that hold such tests are collected: the others may need packages that a GPU machine lacks."""
-    marks = re.compile(r"mark\.gpu|^DEVICE = ", re.MULTILINE)  # or tests that run wherever there is a device
-    return sorted(path.stem for path in (ROOT / "tests").glob("test_*.py") if marks.search(path.read_text()))
+def gpu_tests() -> dict[str, list[str]]:
+    """file -> arguments. Only files that hold such tests: the others may need packages that a GPU machine lacks."""
+    found = {}
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        text, file = path.read_text(), f"tests/{path.name}"
+        if re.search(r"^DEVICE = ", text, re.MULTILINE):  # its tests run wherever there is a device
+            found[path.stem] = [file]
+        elif re.search(r"\bmark\.gpu\b", text):
+            found[path.stem] = [file, "-m", "gpu and not full"]
+    return found
 
 
 # --- parts in Python, each run by `--only` in a process of its own ------------------------------------------------------
@@ -310,15 +316,15 @@ def parts(args: Arguments) -> list[Part]:
     found = [python("environment/environment", 60, args), python("environment/build", 240, args, beside="build")]
     if args.device == "cpu" or args.sizes == "smoke":
         # To prove the script: the tests have run elsewhere, and one process for all benchmarks imports torch once.
-        files = gpu_test_files() if args.device == "cuda" else ["test_dispatch"]
-        found += [run_tests(f"tests/{name}", 300, f"tests/{name}.py") for name in files]
+        files = gpu_tests() if args.device == "cuda" else {"test_config": ["tests/test_config.py"]}
+        found += [run_tests(f"tests/{name}", 300, *arguments) for name, arguments in files.items()]
         found += [benchmark("ops/all", 600, args, "bench")]
         return [*found, *(python(f"wikitext/{name}", 120, args) for name in VARIANTS), python("training/profile", 120, args)]
     ops = sorted(path.stem.removeprefix("bench_") for path in (ROOT / "bench").glob("bench_*.py"))
     ops = [op for op in ops if op not in MODELS]
     # The benchmarks without their clock: kernels are compiled, by many processes, before one process is timed.
     found += [compile_first(f"tests/compile-{op}", 150, args, f"bench/bench_{op}.py") for op in ops]
-    found += [run_tests(f"tests/{name}", 150, f"tests/{name}.py") for name in gpu_test_files()]
+    found += [run_tests(f"tests/{name}", 150, *arguments) for name, arguments in gpu_tests().items()]
     found += sanitizer()
     found += [benchmark(f"ops/{op}", OP_LIMITS.get(op, OTHERS), args, f"bench/bench_{op}.py") for op in ops]
     found += [benchmark("training/training", 150, args, "bench/bench_training.py")]
@@ -466,7 +472,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--sizes", choices=("default", "smoke"), default="default")
     parser.add_argument("--out", type=Path, help="folder for the results; default bench/results/<machine>")
-    parser.add_argument("--minutes", type=float, default=8.8, help="start no part after these; the next call goes on")
+    parser.add_argument("--minutes", type=float, help="8.8, 60 for smoke: start no part after these; the next call goes on")
     parser.add_argument("--only", nargs="+", metavar="PART", help="file or file/key, as the names of the parts are printed")
     parser.add_argument("--again", action="store_true", help="also what has passed before")
     parser.add_argument("--call", choices=tuple(PYTHON), help=argparse.SUPPRESS)
@@ -496,7 +502,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if part not in todo:
             print(f"== {part.name}: passed before")
     workers = 6 if args.device == "cuda" else 1
-    failed, left = run_all(todo, folder, commit, args.minutes, workers)
+    minutes = args.minutes or (60.0 if args.sizes == "smoke" else 8.8)
+    failed, left = run_all(todo, folder, commit, minutes, workers)
     print(f"results in {folder.path}" + "".join(f"; TOO MUCH: {text}" for text in folder.excess()))
     if failed:
         print(f"FAILED: {', '.join(failed)}")

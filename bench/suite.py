@@ -150,30 +150,48 @@ def make(peer: Peer) -> Function:
     return peer.make()
 
 
-def checked(problem: Problem, name: str, peer: Peer) -> Row:
-    """A row without samples, after the result was compared."""
-    row = Row(problem.op, problem.shape, name)
+def guarded(row: Row, act: Callable[[], Any]) -> Any:
+    """What `act` gives, or None after its error was entered in the row: a peer may be unable, ours may not."""
     try:
-        problem.check(name, make(peer))
+        return act()
     except AssertionError as error:
-        row.wrong = f"{name} gives a wrong result for {problem.group}: {error}"
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, ImportError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        if ours(name) or "CUDA error" in lines[0]:
-            raise
-        row.cannot = lines[0]
-    return row
+        row.wrong = f"{row.name} gives a wrong result for {row.group}: {error}"
+    except Exception as error:  # of compilers too, and of packages that nobody here has seen
+        first = (str(error).strip().splitlines() or [""])[0]
+        if "CUDA error" in first:
+            raise  # after it nothing on the device works
+        if ours(row.name):
+            row.wrong = f"{row.name} fails for {row.group}: {type(error).__name__}: {first}"
+        else:
+            row.cannot = f"{type(error).__name__}: {first}"
+    return None
 
 
 def measure_group(
     problem: Problem, peers: Mapping[str, Peer], device: str, sizes: str, only_check: bool = False
 ) -> dict[str, Row]:
     """Check every peer, then time those that are right."""
-    found = {name: checked(problem, name, peer) for name, peer in peers.items()}
-    right = [name for name, row in found.items() if row.wrong is None and row.cannot is None]
-    if only_check or not right:
+    found = {name: Row(problem.op, problem.shape, name) for name in peers}
+
+    def compare(name: str) -> None:
+        problem.check(name, make(peers[name]))
+
+    def prepare(name: str) -> Callable[[], Any]:
+        call = problem.call(name, make(peers[name]))
+        call()
+        return call
+
+    def right() -> list[str]:
+        return [name for name, row in found.items() if row.wrong is None and row.cannot is None]
+
+    for name, row in found.items():
+        guarded(row, functools.partial(compare, name))
+    if only_check:
         return found
-    calls = {name: problem.call(name, make(peers[name])) for name in right}
+    prepared = {name: guarded(found[name], functools.partial(prepare, name)) for name in right()}
+    calls = {name: prepared[name] for name in right()}
+    if not calls:
+        return found
     samples = take_turns(calls, device, ROUNDS[sizes], wall=problem.wall, limit=GROUP_SECONDS[sizes])
     for name, call in calls.items():
         fill(found[name], problem, device, samples[name], peak_bytes(call, device))
@@ -237,8 +255,14 @@ class Measure:
     def group(self, case: Any, name: str, measure: Callable[[list[str]], dict[str, Row]]) -> None:
         """The row `name` of what `measure` finds for all rows of this group that the session runs."""
         key = (self.request.module.__name__, self.request.function.__name__, case)
+        if key in self.report.errors:  # the other rows of its group need not try again
+            pytest.fail(f"this group failed: {self.report.errors[key]}", pytrace=False)
         if key not in self.report.groups:
-            self.report.groups[key] = measure(self.report.chosen[key])
+            try:
+                self.report.groups[key] = measure(self.report.chosen[key])
+            except Exception as error:
+                self.report.errors[key] = f"{type(error).__name__}: {error}"
+                raise
             gc.collect()
             if self.device == "cuda":
                 torch.cuda.empty_cache()
@@ -263,6 +287,7 @@ class Report:
     """What a session of pytest has measured."""
 
     groups: dict[Any, dict[str, Row]] = field(default_factory=dict)
+    errors: dict[Any, str] = field(default_factory=dict)  # group -> why it has no rows
     late: set[str] = field(default_factory=set)  # rows left out when time was over
     chosen: dict[Any, list[str]] = field(default_factory=dict)  # group -> names that this session runs
     rows: list[Row] = field(default_factory=list)
