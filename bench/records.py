@@ -58,9 +58,11 @@ class Record:
 
 
 def load(results: Path) -> Iterator[Record]:
-    """Every part of every file, machines and files by name."""
+    """Every part of every file, machines and files by name. ValueError for a file that is no object of parts."""
     for path in sorted(results.glob("*/*.json")):
         content = json.loads(path.read_text())
         parts = {path.stem: condense(content)} if "benchmarks" in content else content
+        if not isinstance(parts, dict) or not all(isinstance(part, dict) for part in parts.values()):
+            raise ValueError(f"{path}: expected an object of parts or the JSON of pytest-benchmark")
         for name, part in parts.items():
             yield Record(path.parent.name, path.stem, name, part)

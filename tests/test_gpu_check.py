@@ -159,4 +159,7 @@ def test_results_of_pytest_benchmark_and_of_the_check_are_read_alike(tmp_path):
     assert first.content == second.content
     assert first.content["date"] == "2026-01-02 03:04:05 UTC"
     assert first.content["commit"] == "abc"
+    (machine_folder / "other.json").write_text('{"date": "today"}')
+    with pytest.raises(ValueError, match=r"other\.json: expected an object of parts"):
+        list(records.load(tmp_path))
     assert second.rows == [{"group": "g, S 1", "name": "ours", "op": "g", **stats}]
