@@ -9,10 +9,10 @@ import subprocess
 import pytest
 import torch
 from torch import Tensor
-
-from tests.conftest import ROOT
 from wikigpt.kernels import debug_checks, sample, top_k_top_p_sampling_from_logits
 from wikigpt.kernels.sampling import _MISSING, Parameters, _sample_rows, uniform
+
+from tests.conftest import ROOT
 
 built = pytest.mark.skipif(_MISSING["cpu"] is not None, reason=str(_MISSING["cpu"]))
 gpu_built = pytest.mark.skipif(_MISSING["cuda"] is not None, reason=str(_MISSING["cuda"]))
