@@ -5,6 +5,7 @@ import ctypes
 import math
 import shutil
 import subprocess
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def assert_drawn_from(ids: Tensor, p: Tensor, seed=0) -> None:
 
 # ---- the distribution ----
 
-FILTERS = [
+FILTERS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.8},
     {"temperature": 2.5},
