@@ -33,10 +33,10 @@ train: $(READY)
 	$(BIN)/wikigpt train --preset quick $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-full: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "full or not full" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "full or not full" $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m pytest bench $(ARGS)

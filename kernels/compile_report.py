@@ -2,9 +2,9 @@
 
     python -m wikigpt.kernels.compile_report [op ...] [--arch 80 90] [--markdown | --json]
 
-prints registers, spills, shared memory, occupancy, matrix instructions and load width. `compile_only` puts a driver without
-a device in Triton's place and turns each launch into a compilation, so an op enters `OPS` with nothing but calls of its own
-launch code on representative inputs.
+prints registers, spills, shared memory, occupancy, matrix instructions, load and store width and barriers. `compile_only` puts
+a driver without a device in Triton's place and turns each launch into a compilation, so an op enters `OPS` with nothing but
+calls of its own launch code on representative inputs.
 """
 
 from __future__ import annotations
@@ -115,6 +115,8 @@ class Kernel:
     instruction: str
     instructions: int
     load: str
+    store: str
+    barriers: int
     blocking: str
 
 
@@ -139,7 +141,8 @@ def measure(op: str, case: str, arch: int, kernel: Any) -> Kernel:
     family = next((family for family, count in counts.items() if count), "fma")
     return Kernel(
         op, case, meta.name, arch, meta.num_warps, meta.num_stages, registers, stack, meta.shared, blocks,
-        blocks * meta.num_warps / limits.warps, family, counts.get(family, 0), _load(ptx), _blocking(kernel),
+        blocks * meta.num_warps / limits.warps, family, counts.get(family, 0), _load(ptx), _store(ptx),
+        len(re.findall(r"\b(?:bar|barrier(?:\.cta)?)\.sync", ptx)), _blocking(kernel),
     )  # fmt: skip
 
 
@@ -157,8 +160,17 @@ def _load(ptx: str) -> str:
     asynchronous = [int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+|\d+)[,;]", ptx)]
     if asynchronous:
         return f"async {max(asynchronous)} B"
-    direct = [int(n or 1) * int(bits) // 8 for n, bits in re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", ptx)]
-    return f"{max(direct, default=0)} B"
+    return _widest(ptx, "ld")
+
+
+def _store(ptx: str) -> str:
+    """The widest store to global memory."""
+    return "TMA" if re.search(r"cp\.async\.bulk\.tensor\.\w+\.global\.shared", ptx) else _widest(ptx, "st")
+
+
+def _widest(ptx: str, access: str) -> str:
+    direct = re.findall(rf"\b{access}\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", ptx)
+    return f"{max((int(n or 1) * int(bits) // 8 for n, bits in direct), default=0)} B"
 
 
 # --- what is compiled -----------------------------------------------------------------------------------------------
@@ -421,6 +433,43 @@ OPS: dict[str, Callable[[], Cases]] = {
     "linear_cross_entropy": _linear_cross_entropy,
 }
 
+# What CI compiles (tests/test_compile.py) and the snapshot holds: op -> architecture -> cases (a regular expression).
+CHECKED: dict[str, dict[int, str]] = {
+    # sm_89 has the rows and the PTX of sm_86: one takes bfloat16, the other float16. float32 takes one table for all.
+    # Without causal a kernel is a causal one less its comparisons.
+    "attention": {
+        80: "(bfloat16|float32) .* causal",
+        86: "bfloat16 .* causal",
+        89: "^float16 .* causal",
+        90: "bfloat16 (.* causal|128 full)",
+        100: "bfloat16 .* causal",
+        120: "bfloat16 .* causal",
+    },
+    # sm_80 has the rows of sm_86 for this head_dim and more shared memory.
+    "attention_features": {
+        86: "bfloat16 128 everything",
+        90: "bfloat16 128 (everything|packed)",
+        100: "bfloat16 128 (everything|packed)",
+    },
+    "attention_decode": dict.fromkeys((80, 90, 100), "bfloat16 128|float32 64 dense"),
+    # Rows in parts, one row a program with and without padding; on two architectures also many rows a program and the rest.
+    "norm": dict.fromkeys((80, 86, 120), "layer_norm bfloat16 (5120|65536) everything|rms_norm bfloat16 16384 plain")
+    | dict.fromkeys(
+        (90, 100),
+        "layer_norm bfloat16 (64|5120|65536) everything|rms_norm (bfloat16 (2048|16384)|float32 8192) plain"
+        "|float32 one row everything",
+    ),
+    # The last chunk of 50,257 has an odd width. Rows that are given, not made, differ in nothing that depends on the
+    # architecture.
+    "linear_cross_entropy": dict.fromkeys((80, 86, 100, 120), "bfloat16 128256 everything")
+    | {90: "bfloat16 50257 (plain|everything)"},
+    # The cases with the most registers, and one in which all numbers that Triton takes for constants are.
+    "activation": dict.fromkeys((80, 86, 90, 100, 120), "bfloat16 gelu 11008 (packed|everything)|one row everything"),
+    "rotary": dict.fromkeys(
+        (80, 86, 90, 100, 120), "bfloat16 (128/128|80/32) (halves|pairs)$|float32 80/32 pairs positions|token pairs"
+    ),
+}
+
 
 # (kernel, architecture, part of the case's name) -> why this row of a table spills.
 EXCEPTIONS = {
@@ -446,6 +495,11 @@ def excuse(kernel: Kernel) -> tuple[str, int, str] | None:
     return next((key for key in EXCEPTIONS if key[:2] == (kernel.name, kernel.arch) and key[2] in kernel.case), None)
 
 
+def cases(op: str, only: str) -> list[str]:
+    """The names of an op's cases that a regular expression finds."""
+    return [case for case in OPS[op]() if re.search(only, case)]
+
+
 def report(op: str, arch: int, case: str) -> list[Kernel]:
     """The kernels that one case launches, each once."""
     with compile_only(arch) as compiled:
@@ -457,7 +511,7 @@ def report(op: str, arch: int, case: str) -> list[Kernel]:
 _TITLES = {
     "op": "op", "arch": "sm", "case": "inputs", "name": "kernel", "blocking": "block", "warps": "warps", "stages": "stages",
     "registers": "registers", "spills": "spills, B", "shared": "shared, KiB", "occupancy": "warps resident",
-    "instruction": "matrix instruction", "load": "load",
+    "instruction": "matrix instruction", "load": "load", "store": "store", "barriers": "barriers",
 }  # fmt: skip
 
 
@@ -470,15 +524,20 @@ def _cells(kernel: Kernel) -> list[str]:
     return [shown.get(field, str(getattr(kernel, field))) for field in _TITLES]
 
 
+def lines(kernels: list[Kernel]) -> list[list[str]]:
+    """A table's cells, the titles first."""
+    return [list(_TITLES.values()), *map(_cells, kernels)]
+
+
 def _print_markdown(kernels: list[Kernel]) -> None:
-    for line in (list(_TITLES.values()), ["---"] * len(_TITLES), *map(_cells, kernels)):
+    titles, *rows = lines(kernels)
+    for line in (titles, ["---"] * len(titles), *rows):
         print("| " + " | ".join(line) + " |")
 
 
 def _print_table(kernels: list[Kernel]) -> None:
-    lines = [list(_TITLES.values()), *map(_cells, kernels)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
+    widths = [max(map(len, column)) for column in zip(*lines(kernels))]
+    for line in lines(kernels):
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
 
 
@@ -500,10 +559,9 @@ def main() -> None:
         parser.error(f"unknown op {unknown[0]!r}, known are {', '.join(OPS)}")
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, so kernels would be interpreted: unset it")
-    work = [(op, arch, case) for op in given.ops for arch in given.arch for case in OPS[op]() if re.search(given.only, case)]
+    work = [(op, arch, case) for op in given.ops for arch in given.arch for case in cases(op, given.only)]
     with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn")) as pool:
-        run = map if given.jobs == 1 else pool.map
-        given.show([kernel for kernels in run(report, *zip(*work)) for kernel in kernels])
+        given.show([kernel for kernels in pool.map(report, *zip(*work)) for kernel in kernels])
 
 
 if __name__ == "__main__":

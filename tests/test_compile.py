@@ -8,85 +8,86 @@ from __future__ import annotations
 
 import fcntl
 import json
+import multiprocessing
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 
 import pytest
-from conftest import ROOT
 
-compile_report = pytest.importorskip("wikigpt.kernels.compile_report", reason="triton, which compiles, is for Linux alone")
+triton = pytest.importorskip("triton", reason="triton, which compiles, is for Linux alone")
+
+from wikigpt.kernels import compile_report, roofline  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
 ARCHITECTURES = compile_report.ARCHITECTURES
 ODD = re.compile("one row|token")  # cases whose rows lie at any address
 
-# op -> architecture -> cases (a regular expression).
-CASES: dict[str, dict[int, str]] = {
-    # mma.sync kernels of sm_86, 89 and 120 are those of sm_80 but for the block sizes, float32 kernels the same everywhere.
+CHECKED = compile_report.CHECKED
+# Further rows, under the marker `full` (make test-full): op -> architecture -> cases.
+FULL: dict[str, dict[int, str]] = {
     "attention": {
-        80: "bfloat16|float32 .* causal",
-        86: "bfloat16 .* causal",
-        89: "float16 .* causal",
-        90: "bfloat16",
-        100: "bfloat16",
-        120: "bfloat16 .* causal|float32 256 causal",
+        80: "bfloat16 .* full",
+        89: "bfloat16 .* causal",
+        90: "bfloat16 (64|256) full",
+        100: "bfloat16 .* full",
+        120: "(bfloat16|float32) 256 causal",
     },
-    # sm_89 and 120 have the shared memory of sm_86 and its kernels.
-    "attention_features": dict.fromkeys((80, 86, 90, 100), "bfloat16 128 (everything|packed)"),
-    "attention_decode": dict.fromkeys((80, 90, 100), "bfloat16 128|float32 64 dense"),
-    # Rows in parts, one row a program with and without padding; on two architectures also many rows a program and the rest.
-    "norm": dict.fromkeys(ARCHITECTURES, "layer_norm bfloat16 (5120|65536) everything|rms_norm bfloat16 16384 plain")
-    | dict.fromkeys(
-        (90, 100),
-        "layer_norm bfloat16 (64|5120|65536) everything|rms_norm (bfloat16 (2048|16384)|float32 8192) plain"
-        "|float32 one row everything",
-    ),
-    # The last chunk of 50,257 has an odd width. Rows that are given, not made, differ in nothing that depends on the
-    # architecture.
-    "linear_cross_entropy": dict.fromkeys(ARCHITECTURES, "bfloat16 128256 everything")
-    | {90: "bfloat16 50257 (plain|everything)"},
-    # The cases with the most registers, and one in which all numbers that Triton takes for constants are.
-    "activation": dict.fromkeys(ARCHITECTURES, "bfloat16 gelu 11008 (packed|everything)|one row everything"),
-    "rotary": dict.fromkeys(
-        ARCHITECTURES, "bfloat16 (128/128|80/32) (halves|pairs)$|float32 80/32 pairs positions|token pairs"
-    ),
+    "attention_features": {80: "bfloat16 128 (everything|packed)", 86: "bfloat16 128 packed"},
+    **{op: {89: CHECKED[op][86]} for op in ("norm", "linear_cross_entropy", "activation", "rotary")},
 }
 # Without matrix units: what limits them is how fast memory is read.
 MEMORY_BOUND = ("norm", "activation", "rotary")
 
 
-def compiled(directory: Path, arch: int, op: str, only: str) -> list:
-    """The kernels of an op, compiled once for all tests and all of their processes."""
-    name = f"{op}-{arch}"
-    with open(directory / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        result = directory / f"{name}.json"
-        if not result.exists():
-            environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-            environment["OMP_NUM_THREADS"] = "1"  # Triton's own cache stays: it knows a kernel by its source and its compiler
-            command = [sys.executable, "-m", compile_report.__name__, op, "--arch", str(arch), "--only", only]
-            done = subprocess.run([*command, "--json", "--jobs=1"], cwd=ROOT, env=environment, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            result.write_text(done.stdout)
-        kernels = [compile_report.Kernel(**kernel) for kernel in json.loads(result.read_text())]
-    assert kernels, f"no case of {op} matches {only}"
-    return kernels
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[ProcessPoolExecutor]:
+    """One process that compiles for all tests of this one, because here Triton interprets. To import torch and Triton takes
+    as long as to compile a kernel."""
+    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        patch.setenv("OMP_NUM_THREADS", "1")  # Triton's own cache stays: it knows a kernel by its source and its compiler
+        pool.submit(int).result()  # it starts with the first task
+        patch.undo()
+        yield pool
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = tmp_path_factory.getbasetemp()
-    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+def compiled(compiler, tmp_path_factory) -> Callable[..., list]:
+    """The kernels of an op, compiled once for all tests and all of their processes."""
+    directory = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        directory = directory.parent
+
+    def of(op: str, arch: int, selection: dict[str, dict[int, str]] = CHECKED) -> list:
+        name = f"{op}-{arch}-{'checked' if selection is CHECKED else 'full'}"
+        with open(directory / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            result = directory / f"{name}.json"
+            if not result.exists():
+                cases = compile_report.cases(op, selection[op][arch])
+                assert cases, f"no case of {op} matches {selection[op][arch]}"
+                tasks = [compiler.submit(compile_report.report, op, arch, case) for case in cases]
+                result.write_text(json.dumps([asdict(kernel) for task in tasks for kernel in task.result()]))
+            return [compile_report.Kernel(**kernel) for kernel in json.loads(result.read_text())]
+
+    return of
 
 
-@pytest.fixture(params=[(op, arch) for op in CASES for arch in CASES[op]], ids=lambda case: "{}-sm_{}".format(*case))
-def kernels(request, directory):
-    op, arch = request.param
-    return compiled(directory, arch, op, CASES[op][arch])
+def each(selection: dict[str, dict[int, str]], *marks) -> list:
+    return [
+        pytest.param((op, arch, selection), id=f"{op}-sm_{arch}{'-full' if marks else ''}", marks=marks)
+        for op in selection
+        for arch in selection[op]
+    ]
+
+
+@pytest.fixture(params=[*each(CHECKED), *each(FULL, pytest.mark.full)])
+def kernels(request, compiled):
+    return compiled(*request.param)
 
 
 def test_they_compile_fit_and_neither_spill_nor_read_narrowly_without_a_reason(kernels):
@@ -113,18 +114,37 @@ def test_they_compile_fit_and_neither_spill_nor_read_narrowly_without_a_reason(k
         assert not [k for k in products if k.instruction not in families]
 
 
-@pytest.mark.parametrize("arch", CASES["attention"], ids="sm_{}".format)
-def test_every_16_bit_kernel_of_attention_uses_the_matrix_instruction_of_its_generation(arch, directory):
-    kernels = compiled(directory, arch, "attention", CASES["attention"][arch])
+@pytest.mark.parametrize("arch", CHECKED["attention"], ids="sm_{}".format)
+def test_every_16_bit_kernel_of_attention_uses_the_matrix_instruction_of_its_generation(arch, compiled):
+    kernels = compiled("attention", arch)
     assert not [k for k in kernels if "float32" not in k.case and k.instruction != ARCHITECTURES[arch].family]
 
 
-@pytest.mark.parametrize("arch", CASES["norm"], ids="sm_{}".format)
-def test_the_backward_of_a_norm_waits_for_no_load(arch, directory):
-    kernels = compiled(directory, arch, "norm", CASES["norm"][arch])
+@pytest.mark.parametrize("arch", CHECKED["norm"], ids="sm_{}".format)
+def test_the_backward_of_a_norm_waits_for_no_load(arch, compiled):
+    kernels = compiled("norm", arch)
     backward = [k for k in kernels if k.name == "_backward" and not ODD.search(k.case)]
     assert backward
     assert all(kernel.load == "async 16 B" for kernel in backward), backward
+
+
+def test_float32_fits_the_least_shared_memory(compiled):
+    """It is compiled for sm_80 alone; what it holds in shared memory is the same everywhere."""
+    kernels = [k for k in compiled("attention", 80) if "float32" in k.case]
+    assert kernels
+    assert not [k for k in kernels if k.shared > min(limits.shared_block for limits in ARCHITECTURES.values())]
+
+
+@pytest.mark.parametrize(
+    ("op", "arch"), roofline.snapshot_keys(), ids=lambda part: f"sm_{part}" if isinstance(part, int) else part
+)
+def test_kernels_are_those_of_the_snapshot(op, arch, compiled):
+    """Where a change is meant: python -m wikigpt.kernels.roofline --update-snapshot."""
+    version, snapshot = roofline.read_snapshot()
+    if triton.__version__ != version:
+        pytest.skip(f"the snapshot is that of triton {version}, here is {triton.__version__}")
+    differences = roofline.differences([k for k in snapshot if (k.op, k.arch) == (op, arch)], compiled(op, arch))
+    assert not differences, "\n".join(differences)
 
 
 def test_under_the_interpreter_nothing_can_be_compiled():

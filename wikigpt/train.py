@@ -26,6 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import wikigpt.kernels as kernels
+
 from . import checkpoint
 from .config import Config, TrainConfig, dump
 from .data import Dataset
@@ -94,10 +96,15 @@ class Batches:
 
 
 class Optimizers:
-    """AdamW for everything, or Muon (Jordan et al. 2024) for the matrices inside the blocks and AdamW for the rest."""
+    """AdamW for everything, or Muon (Jordan et al. 2024) for the matrices inside the blocks and AdamW for the rest.
 
-    def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device, captured: bool):
-        self.device, self.captured = device, captured
+    `ema` is a copy of the model that follows it as its moving average, or None. AdamW alone clips gradients and keeps the
+    average in its own pass over the weights; beside Muon these are passes of their own.
+    """
+
+    def __init__(self, model: nn.Module, ema: nn.Module | None, config: TrainConfig, device: torch.device, captured: bool):
+        self.model, self.ema, self.config, self.device, self.captured = model, ema, config, device, captured
+        self.one_pass = config.optimizer == "adamw"
         hidden: list[nn.Parameter] = []
         decayed: list[nn.Parameter] = []
         plain: list[nn.Parameter] = []
@@ -110,13 +117,19 @@ class Optimizers:
             {"params": decayed, "weight_decay": config.weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
-        self.all: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True, capturable=captured)
-        ]
+        self.adamw = kernels.FusedAdamW(
+            groups,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            max_grad_norm=config.clip_grad_norm if self.one_pass and config.clip_grad_norm > 0 else None,
+            ema_decay=config.ema_decay if self.one_pass and ema is not None else None,
+        )
+        self.all: list[torch.optim.Optimizer] = [self.adamw]
         if hidden:
             self.all.append(torch.optim.Muon(hidden, lr=config.muon_lr, weight_decay=config.weight_decay, momentum=0.95))
         self.base_lr = [config.lr, config.muon_lr]
         self._place_lr()
+        self._tie_ema()
 
     def _place_lr(self) -> None:
         """A captured step reads its learning rates from the device, where they can change."""
@@ -134,18 +147,35 @@ class Optimizers:
                 else:
                     group["lr"] = lr * factor
 
+    def _tie_ema(self) -> None:
+        """What AdamW keeps as averages are the weights of `ema` themselves."""
+        if self.one_pass and self.ema is not None:
+            for p, average in zip(self.model.parameters(), self.ema.parameters()):
+                self.adamw.state[p]["ema"] = average.detach()
+
     def step(self) -> None:
+        if not self.one_pass and self.config.clip_grad_norm > 0:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
         for optimizer in self.all:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        if not self.one_pass and self.ema is not None:
+            with torch.no_grad():
+                averages: list[Tensor] = list(self.ema.parameters())
+                torch._foreach_lerp_(averages, list(self.model.parameters()), 1 - self.config.ema_decay)
 
     def state_dict(self) -> list[dict[str, Any]]:
-        return [o.state_dict() for o in self.all]
+        """As torch's optimisers have them; the averages are the state of `ema` and not here."""
+        states = [o.state_dict() for o in self.all]
+        for number, state in states[0]["state"].items():
+            states[0]["state"][number] = {key: value for key, value in state.items() if key != "ema"}
+        return states
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
         for optimizer, state in zip(self.all, states):
             optimizer.load_state_dict(state)
         self._place_lr()
+        self._tie_ema()
 
 
 def lr_factor(config: TrainConfig, step: int, progress: float) -> float:
@@ -346,10 +376,10 @@ class Trainer:
         self.model = GPT(config.model).to(device)
         self.wrapped = self._parallel(self.model)
         captured = train.cuda_graph and device.type == "cuda" and processes.size == 1 and train.optimizer == "adamw"
-        self.optimizers = Optimizers(self.wrapped, train, device, captured)
-        self.ema = copy.deepcopy(self.model).requires_grad_(False) if train.ema_decay > 0 else None
-        if self.ema is not None and processes.size > 1 and train.parallel == "fsdp":
+        if train.ema_decay > 0 and processes.size > 1 and train.parallel == "fsdp":
             raise UserError("train.ema_decay: not available with train.parallel=fsdp; use ddp or ema_decay=0")
+        self.ema = copy.deepcopy(self.model).requires_grad_(False) if train.ema_decay > 0 else None
+        self.optimizers = Optimizers(self.wrapped, self.ema, train, device, captured)
         self.forward = torch.compile(self.wrapped) if train.compile else self.wrapped
         to_device = torch.from_numpy(dataset.tokens["train"].astype("int32")).to(device)
         self.batches = Batches(to_device, config.model.context_length, train.seed)
@@ -548,15 +578,10 @@ class Trainer:
                     loss = loss / train.accumulate
                 loss.backward()
             total += loss.detach()
-        if train.clip_grad_norm > 0:
-            nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_grad_norm)
         if device.type == "cpu":
             # Free here; on a GPU it would stall the stream, so there it is looked at when lines are logged.
             self._check(self._mean(total), self.step)
         self.optimizers.step()
-        if self.ema is not None:
-            with torch.no_grad():
-                torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - train.ema_decay)
         return total
 
     def _mean(self, loss: Tensor) -> Tensor:

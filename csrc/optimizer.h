@@ -1,0 +1,152 @@
+// Adam and AdamW over lists of tensors: what the operators (optimizer.cpp), the loops of the CPU (optimizer_kernel.h) and the
+// GPU's kernels (optimizer.cu) share. Needs no torch header.
+//
+// For every element, in float32 (float64 for float64 parameters), with t the step after this one:
+//   g  = grad / grad_scale * min(1, max_norm / (norm + 1e-6)), negated to maximize
+//   g += weight_decay * w                       (Adam; AdamW: w loses lr * weight_decay * w below)
+//   m  = lerp(m, g, 1 - beta1);  v = lerp(v, g^2, 1 - beta2);  with amsgrad u = max(u, v), else u = v
+//   w -= lr / (1 - beta1^t) * m / (sqrt(u) / sqrt(1 - beta2^t) + eps) + lr * weight_decay * w
+//   ema = lerp(ema, w, 1 - ema_decay)
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define WIKIGPT_SHARED __host__ __device__ __forceinline__
+#else
+#define WIKIGPT_SHARED inline
+#endif
+
+namespace wikigpt {
+namespace optimizer {
+
+enum class Dtype : uint8_t { f32, f16, bf16, f64 };
+
+// One parameter. master: float32, where the parameter has 16 bits; null pointers for what is not kept.
+struct Entry {
+  void *param, *grad, *exp_avg, *exp_avg_sq, *max_exp_avg_sq, *master, *ema;
+  float* step;
+  int64_t numel;
+  uint32_t index;   // of the parameter in its optimizer: rounding draws other bits for each
+  uint16_t group;
+  uint16_t vector;  // whether all pointers are aligned for vector loads
+};
+
+struct Group {
+  const void* lr_tensor;  // on the device, in place of lr
+  double lr, beta1, beta2, log_beta1, log_beta2, eps, weight_decay;
+  bool lr_is_double, maximize;
+};
+
+// What all tensors of one launch share.
+struct Options {
+  const void* norm;  // of all gradients, or null
+  const float *grad_scale, *found_inf;
+  double max_norm, ema_decay;
+  uint32_t seed;
+  bool norm_is_double, decoupled, zero_grad, stochastic;
+};
+
+// new = base + weight * (x - old), base = old or x. The weight is the smaller of w and 1 - w, so that neither a slow average
+// (the sum of rounded coefficients would not be 1) nor a fast one (what is left of old would not cancel) loses digits.
+template <typename T>
+struct Lerp {
+  T weight;
+  bool from_new;
+  WIKIGPT_SHARED Lerp(double decay) : weight(T(decay > 0.5 ? 1 - decay : -decay)), from_new(decay <= 0.5) {}
+  WIKIGPT_SHARED T operator()(T old, T x) const { return (from_new ? x : old) + weight * (x - old); }
+};
+
+// The numbers of a step for one parameter, rounded once from float64.
+template <typename T>
+struct Coefficients {
+  T grad, l2, step_size, denominator, eps, decay;
+  Lerp<T> first, second, ema;
+
+  WIKIGPT_SHARED Coefficients(const Group& group, const Options& options, double lr, float step, T grad_scale)
+      : grad(group.maximize ? -grad_scale : grad_scale),
+        l2(T(options.decoupled ? 0.0 : group.weight_decay)),
+        // 1 - beta^t as -expm1(t log beta): full precision without pow.
+        step_size(T(lr) / -expm1_(T(step) * T(group.log_beta1))),
+        denominator(T(1) / sqrt_(-expm1_(T(step) * T(group.log_beta2)))),
+        eps(T(group.eps)),
+        decay(T(options.decoupled ? lr * group.weight_decay : 0.0)),
+        first(group.beta1),
+        second(group.beta2),
+        ema(options.ema_decay) {}
+
+ private:
+  static WIKIGPT_SHARED float expm1_(float x) { return expm1f(x); }
+  static WIKIGPT_SHARED double expm1_(double x) { return expm1(x); }
+  static WIKIGPT_SHARED float sqrt_(float x) { return sqrtf(x); }
+  static WIKIGPT_SHARED double sqrt_(double x) { return sqrt(x); }
+};
+
+// The factor of all gradients. A norm that is not finite gives 0 or NaN, as in torch.nn.utils.clip_grad_norm_.
+WIKIGPT_SHARED double gradient_factor(const Options& o) {
+  double factor = 1;
+  if (o.norm != nullptr) {
+    const double norm = o.norm_is_double ? *static_cast<const double*>(o.norm) : *static_cast<const float*>(o.norm);
+    factor = o.max_norm / (norm + 1e-6);
+    if (factor > 1) factor = 1;
+  }
+  return o.grad_scale != nullptr ? factor / *o.grad_scale : factor;
+}
+
+WIKIGPT_SHARED double learning_rate(const Group& group) {
+  if (group.lr_tensor == nullptr) return group.lr;
+  return group.lr_is_double ? *static_cast<const double*>(group.lr_tensor) : *static_cast<const float*>(group.lr_tensor);
+}
+
+// --- stochastic rounding of float32 to bfloat16 ---
+
+// What is rounded: 16 random bits for each element of each.
+enum Stream : uint32_t { kParam, kExpAvg, kExpAvgSq };
+
+// 128 bits for elements [8 block, 8 block + 8): element 8 block + j takes half j % 2 of word j / 2, low half first.
+// Philox4x32-7 (Salmon et al. 2011), key (seed, step), counter (block, parameter, stream).
+struct Bits {
+  uint32_t word[4];
+};
+
+WIKIGPT_SHARED uint32_t multiply_high(uint32_t a, uint32_t b) { return uint32_t((uint64_t(a) * b) >> 32); }
+
+WIKIGPT_SHARED Bits random_bits(uint32_t seed, uint32_t step, uint32_t index, uint32_t stream, int64_t block) {
+  uint32_t c0 = uint32_t(block), c1 = uint32_t(uint64_t(block) >> 32), c2 = index, c3 = stream, k0 = seed, k1 = step;
+#ifdef __CUDACC__
+#pragma unroll
+#endif
+  for (int round = 0; round < 7; ++round) {
+    const uint32_t high0 = multiply_high(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
+    const uint32_t high2 = multiply_high(0xCD9E8D57u, c2), low2 = 0xCD9E8D57u * c2;
+    c0 = high2 ^ c1 ^ k0, c1 = low2, c2 = high0 ^ c3 ^ k1, c3 = low0;
+    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// The 16 bits that bfloat16 drops decide, against 16 random ones, whether the rest goes up: right on average. NaN and
+// infinities stay; a number that would become infinite by rounding to nearest may.
+WIKIGPT_SHARED uint16_t round_stochastically(uint32_t bits, uint32_t random) {
+  const bool finite = (bits & 0x7F800000u) != 0x7F800000u;
+  const uint16_t up = uint16_t((bits + random) >> 16);
+  const uint16_t other = uint16_t(bits >> 16) | uint16_t((bits & 0x7FFFFFu) != 0 ? 0x40 : 0);  // a NaN stays one
+  return finite ? up : other;
+}
+
+// --- CUDA (optimizer.cu). Return a cudaError_t. ---
+
+// Sums of squares of gradients of one dtype, one for each chunk, into partials[before...]. Where these are the last ones,
+// `result` (float or double) gets the norm: the root of the sum of all partials, divided by grad_scale.
+int64_t cuda_norm_chunks(int64_t numel);
+int cuda_norm(
+    const Entry* entries, int count, Dtype dtype, double* partials, int64_t before, bool last, const float* grad_scale,
+    void* result, bool result_is_double, uint32_t* ticket, void* stream);
+
+int cuda_update(
+    const Entry* entries, int count, const Group* groups, int group_count, const Options& options, Dtype param, Dtype state,
+    uint32_t* ticket, void* stream);
+
+}  // namespace optimizer
+}  // namespace wikigpt

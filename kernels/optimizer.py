@@ -1,0 +1,753 @@
+"""Adam and AdamW in one pass over all parameters: clipping, decay, moments, averaging, rounding, zeroing.
+
+Adam (Kingma & Ba 2015, algorithm 1) and AdamW (Loshchilov & Hutter 2019, algorithm 2, in torch's parametrisation, where the
+decay is multiplied by lr). AMSGrad as torch has it. Clipping by the global norm (Pascanu et al. 2013) with the coefficient of
+torch.nn.utils.clip_grad_norm_. csrc/optimizer.h has the formulas, the reference below says the same in plain PyTorch.
+
+    grad_norm  one number on the device: the norm of all gradients, added up in a fixed order
+    adamw      reads every gradient, parameter and moment once and writes parameters and moments once
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ._dispatch import NAMESPACE, Implementation, choose, extension, only_on, register
+from .attention.reference import _multiply
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+NARROW = (torch.bfloat16, torch.float16)
+
+
+class Update(NamedTuple):
+    """The arguments of torch.ops.wikigpt.adamw_: one step of N parameters of one dtype.
+
+    params, grads            N tensors of any dense layout, which all lists below share
+    exp_avgs, exp_avg_sqs    N, dtype of params; or float32 beside 16-bit params
+    max_exp_avg_sqs          N, dtype of exp_avgs (amsgrad); or none
+    masters                  N, float32 copies of 16-bit params, which the step then rounds into params; or none
+    emas                     N, moving averages of params, float32 (float64 of float64 params); or none
+    steps                    N float32 tensors of one element: the steps done, counted up here
+    lrs                      a tensor of one element for each group, on the device of params, in place of lr in hyper; or none
+    norm                     of all gradients, divided by grad_scale; clipped to max_norm. None: no clipping
+    grad_scale, found_inf    float32, one element: gradients are divided by the one; where the other is not 0 nothing changes
+    ticket                   int32, one element, 0 before and after; on a GPU alone
+    hyper                    (lr, beta1, beta2, eps, weight_decay, maximize) of each group, one after the other
+    counts                   parameters of each group; they stand in the order of the groups
+    indices                  N different numbers, from which stochastic rounding draws
+    decoupled                AdamW; False: Adam, weight_decay is added to the gradient
+    zero_grad                gradients become 0, even where found_inf says that nothing else changes
+    stochastic               bfloat16 params and moments are rounded stochastically
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    max_exp_avg_sqs: list[Tensor]
+    masters: list[Tensor]
+    emas: list[Tensor]
+    steps: list[Tensor]
+    lrs: list[Tensor]
+    norm: Tensor | None
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    ticket: Tensor | None
+    hyper: list[float]
+    counts: list[int]
+    indices: list[int]
+    max_norm: float = math.inf
+    ema_decay: float = 0.0
+    decoupled: bool = True
+    zero_grad: bool = False
+    stochastic: bool = False
+    seed: int = 0
+
+    def groups(self) -> Iterator[tuple[slice, Any, list[float]]]:
+        """(its parameters, lr, (beta1, beta2, eps, weight_decay, maximize)) of each group."""
+        begin = 0
+        for i, count in enumerate(self.counts):
+            lr, *rest = self.hyper[6 * i : 6 * i + 6]
+            yield slice(begin, begin + count), self.lrs[i] if self.lrs else lr, rest
+            begin += count
+
+    def factor(self) -> Tensor | None:
+        """What gradients are multiplied by, on the device; None: nothing."""
+        factor = None if self.norm is None else (self.max_norm / (self.norm + 1e-6)).clamp(max=1.0)
+        if self.grad_scale is None:
+            return factor
+        return 1 / self.grad_scale if factor is None else factor / self.grad_scale
+
+
+# --- reference ------------------------------------------------------------------------------------------------------
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def random_bits(seed: int, step: int, index: int, stream: int, count: int, device: torch.device) -> Tensor:
+    """16 random bits for each of `count` elements, int64: Philox4x32-7 (Salmon et al. 2011).
+
+    Key (seed, step), counter (i // 8, 0, index, stream): element i takes half i % 2 (low first) of word i % 8 // 2.
+    """
+    block = torch.arange((count + 7) // 8, device=device)
+    c0, c1 = block & 0xFFFFFFFF, block >> 32
+    c2, c3 = torch.full_like(block, index), torch.full_like(block, stream)
+    k0, k1 = seed & 0xFFFFFFFF, step & 0xFFFFFFFF
+    for _ in range(7):
+        high0, low0 = _multiply(0xD2511F53, c0)
+        high2, low2 = _multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    words = torch.stack((c0, c1, c2, c3), dim=-1)
+    return torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten()[:count]
+
+
+def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
+    """float32 to bfloat16: up or down with probabilities that make the result right on average. bits: 0 .. 65535 for each
+    element in the order of memory. What is not finite stays."""
+    flat = x.as_strided((x.numel(),), (1,))
+    up = (flat.view(torch.int32).long() + bits >> 16 << 16).int().view(torch.float32)
+    rounded = torch.empty_like(x, dtype=torch.bfloat16)
+    rounded.as_strided((x.numel(),), (1,)).copy_(torch.where(flat.isfinite(), up, flat))
+    return rounded
+
+
+def grad_norm_reference(grads: Sequence[Tensor], grad_scale: Tensor | None = None, ticket: Tensor | None = None) -> Tensor:
+    """The norm of all gradients as one vector, divided by grad_scale; float32, or float64 where a gradient is."""
+    total = torch.stack([_wide(grad).square().sum().to(_norm_dtype(grads)) for grad in grads]).sum().sqrt()
+    return total if grad_scale is None else total / grad_scale
+
+
+def _norm_dtype(grads: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(grad.dtype == torch.float64 for grad in grads) else torch.float32
+
+
+def adamw_reference(u: Update) -> None:
+    factor = u.factor()
+    if u.found_inf is None or not u.found_inf:
+        for part, lr, hyper in u.groups():
+            for i in range(part.start, part.stop):
+                _adamw_of_one(u, i, factor, lr, *hyper)
+    if u.zero_grad:
+        for grad in u.grads:
+            grad.zero_()
+
+
+def _adamw_of_one(
+    u: Update, i: int, factor: Tensor | None, lr: Any, beta1: float, beta2: float, eps: float, decay: float, maximize: float
+) -> None:
+    u.steps[i].add_(1)
+    step = int(u.steps[i])
+    w = u.masters[i] if u.masters else _wide(u.params[i])
+    g = _wide(u.grads[i])
+    g = g if factor is None else g * factor
+    g = -g if maximize else g
+    if decay and not u.decoupled:
+        g = g + decay * w
+    m = torch.lerp(_wide(u.exp_avgs[i]), g, 1 - beta1)
+    v = torch.lerp(_wide(u.exp_avg_sqs[i]), g * g, 1 - beta2)
+    largest = torch.maximum(_wide(u.max_exp_avg_sqs[i]), v) if u.max_exp_avg_sqs else v
+    change = lr / (1 - beta1**step) * (m / ((largest / (1 - beta2**step)).sqrt() + eps))
+    if decay and u.decoupled:
+        change = change + lr * decay * w
+    w = w - change
+
+    def store(to: Tensor, value: Tensor, stream: int) -> None:
+        if u.stochastic:
+            bits = random_bits(u.seed, step, u.indices[i], stream, value.numel(), value.device)
+            value = round_stochastically(value, bits)
+        to.copy_(value)
+
+    store(u.exp_avgs[i], m, 1)
+    store(u.exp_avg_sqs[i], v, 2)
+    if u.max_exp_avg_sqs:  # the larger of two stored numbers needs no rounding of its own
+        u.max_exp_avg_sqs[i].copy_(torch.maximum(u.max_exp_avg_sqs[i], u.exp_avg_sqs[i]))
+    store(u.params[i], w, 0)
+    if u.masters:
+        u.masters[i].copy_(w)
+    if u.emas:
+        u.emas[i].lerp_(w if u.masters else u.params[i].to(u.emas[i].dtype), 1 - u.ema_decay)
+
+
+# --- PyTorch's own --------------------------------------------------------------------------------------------------
+
+
+def _grad_norm_torch(grads: Sequence[Tensor], grad_scale: Tensor | None = None, ticket: Tensor | None = None) -> Tensor:
+    total = torch.nn.utils.get_total_norm(grads).to(_norm_dtype(grads))
+    return total if grad_scale is None else total / grad_scale
+
+
+def _adamw_torch(u: Update) -> None:
+    """torch._fused_adamw_ and _fused_adam_, which clip by way of their grad_scale, with other passes around them. Leaves
+    scaled gradients in grads."""
+    factor = u.factor()
+    scale = None if factor is None else (1 / factor).float()
+    widened = bool(u.masters) or u.stochastic
+    lists = [u.masters or u.params, u.grads, u.exp_avgs, u.exp_avg_sqs, u.max_exp_avg_sqs]
+    if widened:
+        lists = [[tensor.float() for tensor in tensors] for tensors in lists]  # masters stay themselves
+    torch._foreach_add_(u.steps, 1)
+    for part, lr, (beta1, beta2, eps, decay, maximize) in u.groups():
+        if part.start == part.stop:
+            continue
+        function: Any = torch._fused_adamw_ if u.decoupled else torch._fused_adam_
+        function(
+            *(tensors[part] for tensors in lists), u.steps[part], lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps,
+            amsgrad=bool(u.max_exp_avg_sqs), maximize=bool(maximize), grad_scale=scale, found_inf=u.found_inf,
+        )  # fmt: skip
+    if u.found_inf is not None:
+        torch._foreach_sub_(u.steps, [u.found_inf.reshape(())] * len(u.steps))
+    if u.stochastic:
+        _store_stochastically(u, lists)
+    elif u.masters:
+        torch._foreach_copy_(u.params, u.masters)
+    for ema, w in zip(u.emas, u.masters or u.params):
+        weight: Any = 1 - u.ema_decay
+        if u.found_inf is not None:
+            weight = (weight * (u.found_inf == 0)).to(ema.dtype).reshape(())
+        ema.lerp_(w.to(ema.dtype), weight)
+    if u.zero_grad:
+        torch._foreach_zero_(u.grads)
+
+
+def _store_stochastically(u: Update, lists: list[list[Tensor]]) -> None:
+    changed: Any = True if u.found_inf is None else u.found_inf == 0
+    for stream, stored, values in ((0, u.params, lists[0]), (1, u.exp_avgs, lists[2]), (2, u.exp_avg_sqs, lists[3])):
+        for i, (to, value) in enumerate(zip(stored, values)):
+            bits = random_bits(u.seed, int(u.steps[i]), u.indices[i], stream, value.numel(), value.device)
+            rounded = round_stochastically(value, bits)
+            to.copy_(rounded if changed is True else torch.where(changed, rounded, to))
+    for to, value in zip(u.max_exp_avg_sqs, u.exp_avg_sqs):
+        to.copy_(torch.maximum(to, value))
+
+
+# --- registered ops: csrc/optimizer.cpp -----------------------------------------------------------------------------
+
+
+@functools.cache
+def operators() -> Any:
+    """torch.ops.wikigpt with grad_norm and adamw_ and their fakes. Only where the extension is built."""
+    extension()
+
+    def fake_norm(grads: list[Tensor], grad_scale: Tensor | None, ticket: Tensor | None) -> Tensor:
+        return grads[0].new_empty((), dtype=_norm_dtype(grads))
+
+    torch.library.register_fake(f"{NAMESPACE}::grad_norm", fake_norm)
+    torch.library.register_fake(f"{NAMESPACE}::adamw_", lambda *arguments: None)
+    return getattr(torch.ops, NAMESPACE)
+
+
+def _grad_norm_ext(grads: Sequence[Tensor], grad_scale: Tensor | None = None, ticket: Tensor | None = None) -> Tensor:
+    return operators().grad_norm(grads, grad_scale, ticket)
+
+
+def _adamw_ext(u: Update) -> None:
+    operators().adamw_(*u)
+
+
+def _why_not_ext(device_type: str) -> str | None:
+    module, missing = extension()
+    if module is None:
+        return missing
+    if device_type == "cuda" and module.build_info()["cuda"] is None:
+        return "wikigpt._C was built without CUDA"
+    return None if hasattr(getattr(torch.ops, NAMESPACE), "adamw_") else "wikigpt._C is of an older version"
+
+
+def _on(device_type: str) -> Callable[[str], str | None]:
+    return lambda wanted: only_on(device_type)(wanted) or _why_not_ext(wanted)
+
+
+register(
+    "grad_norm",
+    Implementation("cuda", _grad_norm_ext, _on("cuda")),
+    Implementation("cpu", _grad_norm_ext, _on("cpu")),
+    Implementation("torch", _grad_norm_torch),
+    Implementation("reference", grad_norm_reference),
+)
+register(
+    "adamw",
+    Implementation("cuda", _adamw_ext, _on("cuda")),
+    Implementation("cpu", _adamw_ext, _on("cpu")),
+    Implementation("torch", _adamw_torch, only_on("cpu", "cuda", "mps")),
+    Implementation("reference", adamw_reference),
+)
+
+
+# --- optimisers -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Bucket:
+    """Parameters that one Update holds: of one dtype, with the same kinds of state."""
+
+    lr_on_device: bool  # a tensor beside the parameters, not a number
+    amsgrad: bool
+    decoupled: bool
+    master: bool
+    stochastic: bool
+    states: list[dict[str, Tensor]] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)  # in the list of all parameters
+    groups: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    keys: tuple[str, ...] = ()
+
+
+class _Plan:
+    """What stays the same from step to step: which parameters have gradients, how they are laid out, in which buckets."""
+
+    def __init__(self, optimizer: FusedAdam, params: list[Tensor], present: list[bool]):
+        self.params, self.present = params, present
+        self.lists = [(group["params"], len(group["params"])) for group in optimizer.param_groups]
+        self.state = optimizer.state
+        self.flags = _flags(optimizer)
+        self.distributed = any(hasattr(p, "to_local") for p in params)
+        buckets: dict[Any, _Bucket] = {}
+        position = 0
+        for number, group in enumerate(optimizer.param_groups):
+            for p in group["params"]:
+                if present[position]:
+                    state = optimizer._state_of(p, group)
+                    narrow = p.dtype in NARROW
+                    kind = (
+                        _on_device(group["lr"]), bool(group["amsgrad"]), bool(group["decoupled_weight_decay"]),
+                        narrow and optimizer.master_weights, p.dtype == torch.bfloat16 and optimizer.stochastic_rounding,
+                    )  # fmt: skip
+                    bucket = buckets.setdefault((p.dtype, *kind), _Bucket(*kind))
+                    if not bucket.groups or bucket.groups[-1] != number:
+                        bucket.groups.append(number)
+                        bucket.counts.append(0)
+                    bucket.counts[-1] += 1
+                    bucket.states.append(state)
+                    bucket.positions.append(position)
+                position += 1
+        self.buckets = list(buckets.values())
+        averaged = optimizer.ema_decay is not None
+        for b in self.buckets:
+            wanted = {"max_exp_avg_sq": b.amsgrad, "master": b.master, "ema": averaged}
+            b.keys = ("step", "exp_avg", "exp_avg_sq", *(key for key, keep in wanted.items() if keep))
+        self.entries = len(optimizer.state)
+        self.strides = [torch.empty_like(_local(p), device="meta").stride() for p in params]
+
+    def holds(self, optimizer: FusedAdam) -> bool:
+        groups = optimizer.param_groups
+        return (
+            self.state is optimizer.state
+            and self.entries == len(optimizer.state)
+            and len(self.lists) == len(groups)
+            and all(g["params"] is params and len(params) == n for g, (params, n) in zip(groups, self.lists))
+            and self.flags == _flags(optimizer)
+        )
+
+
+def _flags(optimizer: FusedAdam) -> list[Any]:
+    """What a plan depends on beside the parameters: everything may be changed between steps."""
+    return [
+        optimizer.ema_decay is None,
+        *((_on_device(g["lr"]), g["amsgrad"], g["decoupled_weight_decay"]) for g in optimizer.param_groups),
+    ]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a DTensor's shard on this process
+
+
+def _on_device(lr: Any) -> bool:
+    """Whether lr is a tensor that the host cannot read without waiting."""
+    return isinstance(lr, Tensor) and lr.device.type != "cpu"
+
+
+def _one_float(x: Any, device: torch.device) -> Tensor | None:
+    return None if x is None else torch.as_tensor(x, dtype=torch.float32, device=device)
+
+
+def _plain_norm(function: Callable[..., Tensor], grads: list[Tensor], *rest: Any) -> Tensor:
+    return function(grads, *rest)
+
+
+def _distributed_norm(wholes: list[Any], function: Callable[..., Tensor], grads: list[Tensor], *rest: Any) -> Tensor:
+    """The norm where some of `wholes` are DTensors, of which `grads` are the shards on this process."""
+    parts: dict[Any, list[Tensor]] = {}
+    for whole, grad in zip((whole for whole in wholes if whole is not None), grads):
+        parts.setdefault((whole.device_mesh, whole.placements) if hasattr(whole, "to_local") else None, []).append(grad)
+    squares = []
+    for where, tensors in parts.items():
+        square = function(tensors, *rest).double().square()
+        if where is not None:
+            mesh, placements = where
+            for i, placement in enumerate(placements):
+                if placement.is_partial():
+                    raise ValueError("params: got the gradient of a DTensor that is still to be summed (Partial)")
+                if placement.is_shard():
+                    torch.distributed.all_reduce(square, group=mesh.get_group(i))
+        squares.append(square)
+    return torch.stack(squares).sum().sqrt().to(_norm_dtype(grads))
+
+
+def _in_layout(
+    i: int, p: Tensor, grad: Tensor, strides: tuple[int, ...], back: list[tuple[Tensor, Tensor]], zeroed: bool
+) -> tuple[Tensor, Tensor]:
+    """(p, grad), each as it is or a copy with `strides`, which `back` then notes. ValueError for what no copy mends."""
+    if grad.layout is not torch.strided:
+        raise ValueError(f"params: the gradient of number {i} is {grad.layout}, allowed are dense ones")
+    if grad.dtype is not p.dtype:
+        raise ValueError(f"params: number {i} is {p.dtype}, its gradient {grad.dtype}; allowed is one dtype")
+
+    def copied(x: Tensor, returns: bool) -> Tensor:
+        if x.stride() == strides:
+            return x
+        copy = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+        if returns:
+            back.append((x, copy))
+        return copy
+
+    return copied(p, True), copied(grad, zeroed)
+
+
+def _check_range(name: str, value: Any, low: float, high: float, allowed: str) -> None:
+    if not _on_device(value) and not low <= float(value) < high:
+        raise ValueError(f"{name}: got {value!r}, allowed is {allowed}")
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    lr, betas = group["lr"], group["betas"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr: got a tensor of {lr.numel()} elements, allowed is one")
+    _check_range("lr", lr, 0.0, math.inf, "a finite number from 0")
+    if len(betas) != 2 or any(isinstance(beta, Tensor) for beta in betas):
+        raise ValueError(f"betas: got {betas!r}, allowed are two numbers")
+    for i, beta in enumerate(betas):
+        _check_range(f"betas[{i}]", beta, 0.0, 1.0, "a number from 0 to below 1")
+    _check_range("eps", group["eps"], 0.0, math.inf, "a finite number from 0")
+    _check_range("weight_decay", group["weight_decay"], 0.0, math.inf, "a finite number from 0")
+    if group["differentiable"]:
+        raise ValueError("differentiable: got True, allowed is False (torch.optim.AdamW has a differentiable step)")
+
+
+class FusedAdam(torch.optim.Adam):
+    """torch.optim.Adam in one pass over all parameters. Options, state and errors: `FusedAdamW`."""
+
+    _step_supports_amp_scaling = True  # for GradScaler: step() reads self.grad_scale and self.found_inf
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        max_grad_norm: float | None = None,
+        ema_decay: float | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        zero_grad: bool = False,
+    ) -> None:
+        _check_group({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "differentiable": differentiable})
+        if max_grad_norm is not None:
+            _check_range("max_grad_norm", max_grad_norm, 5e-324, math.inf, "a finite number above 0, or None")
+        if ema_decay is not None:
+            _check_range("ema_decay", ema_decay, 0.0, 1.0, "a number from 0 to below 1, or None")
+        if master_weights and stochastic_rounding:
+            raise ValueError("stochastic_rounding: got True beside master_weights=True, allowed is one of the two")
+        self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
+        self.master_weights, self.stochastic_rounding, self.zeroes_grad = master_weights, stochastic_rounding, zero_grad
+        self.grad_norm: Tensor | None = None
+        self._plan: _Plan | None = None
+        self._ticket: Tensor | None = None
+        self._loading: dict[str, Any] | None = None
+        # foreach and fused choose between torch's implementations, capturable is what this one always is. fused=True makes
+        # torch.optim.AdamW, when it loads a checkpoint of ours, keep its steps on the device.
+        torch.optim.Adam.__init__(
+            self, params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, capturable=capturable, fused=True,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )  # fmt: skip
+        if stochastic_rounding:
+            dtypes = {p.dtype for group in self.param_groups for p in group["params"]}
+            if torch.bfloat16 not in dtypes or torch.float16 in dtypes:
+                names = ", ".join(sorted(str(dtype) for dtype in dtypes))
+                raise ValueError(
+                    f"stochastic_rounding: got parameters of {names}, allowed are bfloat16, with float32 or float64 beside them"
+                )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's. ValueError for a parameter that is not a dense floating-point tensor, numbers out of range."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_group(group)
+            for i, p in enumerate(group["params"]):
+                if p.dtype not in DTYPES or p.layout != torch.strided:
+                    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+                    raise ValueError(f"params: number {i} is {p.dtype}, {p.layout}, allowed are dense tensors of {names}")
+        except ValueError:
+            del self.param_groups[-1]
+            raise
+        self._plan = None
+
+    # --- state ---
+
+    def _dtypes(self, p: Tensor) -> dict[str, torch.dtype]:
+        wide = torch.float32 if p.dtype in NARROW else p.dtype
+        moment = wide if self.master_weights else p.dtype
+        moments = dict.fromkeys(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), moment)
+        return {"step": torch.float32, **moments, "master": wide, "ema": wide}
+
+    def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """The parameter's state, with everything in it that the options need."""
+        state, dtypes = self.state[p], self._dtypes(p)
+        strides = torch.empty_like(_local(p), device="meta").stride()
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        for key in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])):
+            if key not in state:
+                state[key] = torch.zeros_like(p, dtype=dtypes[key], memory_format=torch.preserve_format)
+        for key, wanted in (("master", self.master_weights and p.dtype in NARROW), ("ema", self.ema_decay is not None)):
+            if wanted and key not in state:
+                state[key] = torch.empty_like(p, dtype=dtypes[key]).copy_(p)
+        for key, value in state.items():
+            # A checkpoint may have other strides, or dtypes where the options were others.
+            if key in dtypes and key != "step" and (value.dtype != dtypes[key] or _local(value).stride() != strides):
+                state[key] = torch.empty_like(p, dtype=dtypes[key]).copy_(value)
+        return state
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("max_grad_norm", "ema_decay", "master_weights", "stochastic_rounding", "zeroes_grad", "grad_norm")
+        nothing = {"_plan": None, "_ticket": None, "_loading": None}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}, **nothing}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        torch.optim.Adam.__setstate__(self, state)
+        self._plan = None
+        for group in self.param_groups:
+            group.update(foreach=None, fused=True)
+        loading = self._loading
+        if loading is not None:
+            # torch has cast everything to the parameter's dtype: take the original again.
+            numbers = itertools.chain.from_iterable(group["params"] for group in loading["param_groups"])
+            params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+            for number, p in zip(numbers, params):
+                self._take(p, loading["state"].get(number))
+
+    def _take(self, p: Tensor, saved: dict[str, Any] | None) -> None:
+        """A parameter's state from a checkpoint, in the dtypes that the options ask for."""
+        if saved is None:
+            return
+        dtypes, dropped = self._dtypes(p), {"master"} if not (self.master_weights and p.dtype in NARROW) else set()
+        dropped |= {"ema"} if self.ema_decay is None else set()  # a copy that no step keeps up would be wrong soon
+        for key in dropped:
+            self.state[p].pop(key, None)
+        for key, value in saved.items():
+            if key in dtypes and key not in dropped:
+                value = value if isinstance(value, Tensor) else torch.tensor(float(value))
+                self.state[p][key] = value.to(device=p.device, dtype=dtypes[key])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, of checkpoints of this class and of torch's; moments, master weights and averages keep their dtype
+        where torch would cast them to the parameter's."""
+
+        def remember(_: Any, state: dict[str, Any]) -> None:
+            self._loading = state
+
+        hook = self.register_load_state_dict_pre_hook(remember)  # the last one: it sees what the others made of it
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+            self._loading = None
+
+    # --- moving averages ---
+
+    def ema_parameters(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(parameter, its moving average) for all parameters; before its first step a parameter is its own average.
+        RuntimeError without ema_decay."""
+        if self.ema_decay is None:
+            raise RuntimeError("ema_decay is None: no moving averages are kept")
+        for group in self.param_groups:
+            for p in group["params"]:
+                yield p, self.state[p]["ema"] if "ema" in self.state.get(p, {}) else p.detach()
+
+    @contextlib.contextmanager
+    def swap_ema(self) -> Iterator[None]:
+        """Inside the with block every parameter holds its moving average (rounded to its dtype)."""
+        pairs = list(self.ema_parameters())
+        kept = [p.detach().clone() for p, _ in pairs]
+        with torch.no_grad():
+            for p, ema in pairs:
+                p.copy_(ema)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for (p, _), before in zip(pairs, kept):
+                    p.copy_(before)
+
+    # --- one step ---
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of all parameters that have a gradient; returns what `closure`, called first, returns.
+
+        Raises ValueError, before anything changes, for gradients that are sparse or have another dtype than their parameter,
+        for parameters or an lr on several devices.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        plan = self._plan
+        if plan is None or not plan.holds(self):
+            plan = self._make_plan()
+        grads: list[Any] = [p.grad for p in plan.params]
+        if [grad is not None for grad in grads] != plan.present:
+            plan = self._make_plan()
+        if not plan.buckets:
+            return loss
+        params = list(plan.params)
+        norm_of: Callable[..., Tensor] = _plain_norm
+        if plan.distributed:
+            params = [_local(p) for p in params]
+            norm_of = functools.partial(_distributed_norm, grads)
+            grads = [grad if grad is None else _local(grad) for grad in grads]
+        self._step(plan, params, grads, norm_of)
+        return loss
+
+    def _make_plan(self) -> _Plan:
+        params = [p for group in self.param_groups for p in group["params"]]
+        present = [p.grad is not None for p in params]
+        device = next((p.device for p in params if p.grad is not None), None)
+        for i, p in enumerate(params):
+            if p.grad is not None and p.device != device:
+                raise ValueError(f"params: number {i} is on {p.device}, the first one on {device}; allowed is one device")
+        for group in self.param_groups:
+            lr = group["lr"]
+            if device is not None and _on_device(lr) and lr.device != device:
+                raise ValueError(f"lr: got a tensor on {lr.device}, allowed are {device} (of the parameters) and the cpu")
+        self._plan = _Plan(self, params, present)
+        if self._ticket is None or self._ticket.device != device:
+            self._ticket = torch.zeros(1, dtype=torch.int32, device=device) if device and device.type == "cuda" else None
+        return self._plan
+
+    def _step(self, plan: _Plan, params: list[Tensor], grads: list[Any], norm_of: Callable[..., Tensor]) -> None:
+        back: list[tuple[Tensor, Tensor]] = []  # (tensor, the copy of another layout in its place)
+        for i, (p, grad, strides) in enumerate(zip(params, grads, plan.strides)):
+            if grad is not None and not (
+                grad.layout is torch.strided and grad.dtype is p.dtype and grad.stride() == strides == p.stride()
+            ):
+                params[i], grads[i] = _in_layout(i, p, grad, strides, back, self.zeroes_grad)
+        device = params[plan.buckets[0].positions[0]].device
+        grad_scale, found_inf = (_one_float(getattr(self, name, None), device) for name in ("grad_scale", "found_inf"))
+        norm = None
+        if self.max_grad_norm is not None:
+            present = [grad for grad in grads if grad is not None]
+            norm = self.grad_norm = norm_of(choose("grad_norm", device.type), present, grad_scale, self._ticket)
+        update = choose("adamw", device.type)
+        for b in plan.buckets:
+            state = {key: [s[key] for s in b.states] for key in b.keys}
+            if plan.distributed:
+                state = {key: [_local(tensor) for tensor in tensors] for key, tensors in state.items()}
+            groups = [self.param_groups[number] for number in b.groups]
+            update(
+                Update(
+                    [params[i] for i in b.positions],
+                    [grads[i] for i in b.positions],
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    state.get("max_exp_avg_sq", []),
+                    state.get("master", []),
+                    state.get("ema", []),
+                    state["step"],
+                    [group["lr"] for group in groups] if b.lr_on_device else [],
+                    norm,
+                    grad_scale,
+                    found_inf,
+                    self._ticket,
+                    [
+                        float(x)
+                        for g in groups
+                        for x in (0.0 if b.lr_on_device else g["lr"], *g["betas"], g["eps"], g["weight_decay"], g["maximize"])
+                    ],
+                    b.counts,
+                    b.positions,
+                    math.inf if self.max_grad_norm is None else self.max_grad_norm,
+                    0.0 if self.ema_decay is None else self.ema_decay,
+                    b.decoupled,
+                    self.zeroes_grad,
+                    b.stochastic,
+                    0,
+                )
+            )
+        for tensor, copy in back:
+            tensor.copy_(copy)
+
+
+class FusedAdamW(FusedAdam, torch.optim.AdamW):
+    """torch.optim.AdamW in one pass over all parameters.
+
+    Takes what torch.optim.AdamW takes, writes and reads its checkpoints, works with its schedulers, GradScaler and FSDP2.
+    foreach, fused and capturable are accepted and change nothing: the step is always fused, counts on the device and can be
+    captured in a CUDA graph (after one step outside; with lr as a tensor on the device, where it is to change).
+
+    params: float32, bfloat16, float16 or float64, of any dense strides (others are copied there and back), on one device.
+    max_grad_norm: clip gradients by their global norm, as torch.nn.utils.clip_grad_norm_ does before a step; the norm stays on
+        the device as `grad_norm`. p.grad itself is not changed.
+    ema_decay: keep state "ema" <- ema_decay * ema + (1 - ema_decay) * parameter, in float32 for 16-bit parameters
+        (`ema_parameters`, `swap_ema`).
+    master_weights: for 16-bit parameters keep state "master", float32, which is what is trained; moments are float32 too.
+    stochastic_rounding: round bfloat16 parameters and their moments stochastically. The bits are a function of step,
+        parameter and element: a resumed run repeats.
+    zero_grad: leave zeros in the gradients.
+
+    ValueError for numbers out of range, differentiable=True, parameters that are not dense and floating-point,
+    master_weights and stochastic_rounding together, stochastic_rounding without bfloat16 or with float16 parameters.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        ema_decay: float | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        zero_grad: bool = False,
+    ) -> None:
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, capturable=capturable,
+            differentiable=differentiable, decoupled_weight_decay=True, max_grad_norm=max_grad_norm, ema_decay=ema_decay,
+            master_weights=master_weights, stochastic_rounding=stochastic_rounding, zero_grad=zero_grad,
+        )  # fmt: skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True
