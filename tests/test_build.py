@@ -191,58 +191,48 @@ def test_without_a_compiler_the_install_says_so_and_trains(tmp_path):
 
 
 @pytest.mark.slow
-def test_where_nvcc_fails_the_cpu_extension_is_built(tmp_path):
-    source = copy(tmp_path / "source", csrc="[!os]*")  # without the optimizer and sampling: less to compile
-    (source / "csrc" / "broken.cu").touch()
-    home, log = stub_toolkit(tmp_path / "cuda", compiles=False)
-    settings = {"CXX": str(script(tmp_path / "c++", f'exec {shlex.quote(shutil.which("c++"))} "$@" -O0'))}
-    output = run(
-        sys.executable, "setup.py", "build_ext", "--inplace", cwd=source, FORCE_CUDA="1", CUDA_HOME=str(home), **settings
-    )
-    assert log.exists()
-    assert said(output) == [
-        "wikigpt: the CUDA kernels are left out: nvcc failed; its messages are above (pip shows them with -v)"
-    ]
-    check = "import torch; from wikigpt import _C; print(_C.__file__, _C.build_info()['no_cuda_because'])"
-    output = run(sys.executable, "-c", check, cwd=source, PYTHONPATH=str(source))
-    assert output.startswith(str(source))
-    assert "nvcc failed" in output
-
-
-@pytest.mark.slow
 def test_what_the_compilers_are_called_with(tmp_path):
-    """Stubs in their place: nvcc writes objects that the linker is given; WIKIGPT_NO_CUDA=1 never calls it."""
+    """Stubs in their place: nvcc writes objects that the linker is given; where it fails or may not be called, neither the
+    compiler nor the linker hears of CUDA, as in every build without it."""
     source = copy(tmp_path / "source", csrc="module.cpp")
     (source / "csrc" / "first.cu").touch()
     (source / "csrc" / "second.cu").touch()
     home, nvcc = stub_toolkit(tmp_path / "cuda", compiles=True)
+    broken, broken_nvcc = stub_toolkit(tmp_path / "broken", compiles=False)
     log = tmp_path / "c++.log"
-    settings = {"CXX": str(script(tmp_path / "c++", f'echo "$@" >> {log}\n{TOUCH}')), "CUDA_HOME": str(home)}
-    build = (sys.executable, "setup.py", "build_ext", "--inplace")
+    settings = {"CXX": str(script(tmp_path / "c++", f'echo "$@" >> {log}\n{TOUCH}')), "FORCE_CUDA": "1"}
 
-    def calls():
-        return [line for line in log.read_text().splitlines() if " -o " in line]  # it is asked for its version too
+    def build(**environment):
+        """What setup.py said, and the commands that compiled and linked."""
+        log.unlink(missing_ok=True)
+        output = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=source, **settings, **environment)
+        # The compiler is asked for its version too.
+        return said(output), *(line for line in log.read_text().splitlines() if " -o " in line)
 
-    output = run(*build, cwd=source, WIKIGPT_NO_CUDA="1", FORCE_CUDA="1", **settings)
-    assert said(output) == ["wikigpt: the CUDA kernels are left out: WIKIGPT_NO_CUDA=1"]
+    (line,), compiled, linked = build(CUDA_HOME=str(home), WIKIGPT_NO_CUDA="1")
+    assert line == "wikigpt: the CUDA kernels are left out: WIKIGPT_NO_CUDA=1"
     assert not nvcc.exists()
-    compiled, linked = calls()
     assert "-DWIKIGPT_CUDA" not in compiled
-    assert "cudart" not in linked
+    assert "cuda" not in linked.replace(str(source), "")
 
-    log.unlink()
-    output = run(*build, cwd=source, FORCE_CUDA="1", MAX_JOBS="4", **settings)
-    assert said(output) == []
-    commands = nvcc.read_text().splitlines()
+    (line,), compiled, linked = build(CUDA_HOME=str(broken))
+    assert line.startswith("wikigpt: the CUDA kernels are left out: nvcc failed")
+    assert broken_nvcc.exists()
+    assert "-DWIKIGPT_CUDA" not in compiled
+    assert '-DWIKIGPT_NO_CUDA_BECAUSE="nvcc failed' in compiled
+    assert "cuda" not in linked.replace(str(source), "")
+
+    lines, compiled, linked = build(CUDA_HOME=str(home), MAX_JOBS="4")
+    assert lines == []
+    targets = ["8.0", "8.6", "9.0", "10.0", "12.0+PTX"]
+    commands = [command.split() for command in nvcc.read_text().splitlines()]
     assert len(commands) == 2
     for command in commands:
-        assert [word for word in command.split() if word.startswith("-gencode")] == [
-            option for name in ("8.0", "8.6", "9.0", "10.0", "12.0+PTX") for option in setup.gencode(name)
-        ]
-        assert "--threads=2" in command.split()
-    compiled, linked = calls()
+        options = [word for word in command if word.startswith("-gencode")]
+        assert options == [option for target in targets for option in setup.gencode(target)]
+        assert "--threads=2" in command
     assert '-DWIKIGPT_CUDA="13.0"' in compiled
-    assert '-DWIKIGPT_CUDA_TARGETS="8.0 8.6 9.0 10.0 12.0+PTX"' in compiled
+    assert f'-DWIKIGPT_CUDA_TARGETS="{" ".join(targets)}"' in compiled
     for part in ("first.cuda.o", "second.cuda.o", f"-L{home}/lib", "-lcudart_static", "-Wl,--exclude-libs,ALL"):
         assert part in linked
 
