@@ -8,13 +8,13 @@ ARGS ?=
 # Tests run one process a core, each on one thread.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help setup train test test-full bench gpu-check hub-kernel lint format clean
+.PHONY: help setup train test test-full bench bench-report gpu-check hub-kernel lint format clean
 
 help:
 	@echo "make train      train a small GPT (about two minutes on a CPU), evaluate it, continue a text"
 	@echo "make test       run the tests (make test-full: with the full product of every grid)"
-	@echo "make bench      run the benchmarks (bench/)"
-	@echo "make gpu-check  on a machine with a GPU: correctness, benchmarks, training; writes bench/results/"
+	@echo "make bench      run the benchmarks (bench/); make bench-report: docs/benchmarks.md from bench/results/"
+	@echo "make gpu-check  on a machine with a GPU: tests, benchmarks, training; writes bench/results/; again: goes on"
 	@echo "make hub-kernel writes kernels/ as a kernel for the Hugging Face Hub to build/hub-kernel"
 	@echo "make lint       ruff and mypy"
 
@@ -33,13 +33,16 @@ train: $(READY)
 	$(BIN)/wikigpt train --preset quick $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-full: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "full or not full" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "full or not full" $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m pytest bench $(ARGS)
+
+bench-report: $(READY)
+	$(BIN)/python -m bench.report
 
 gpu-check: $(READY)
 	$(BIN)/python -m bench.gpu_check $(ARGS)

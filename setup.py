@@ -157,6 +157,8 @@ def extension() -> dict:
         raise LeftOut(f"no torch in the build environment: pip install torch, then {rebuild}") from None
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < STABLE_ABI:
         raise LeftOut(f"torch {torch.__version__} is too old: pip install 'torch>=2.11', then {rebuild}")
+    # ninja is there, where an environment is used without being activated.
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)])
     compiler = shlex.split(os.environ.get("CXX") or "c++")[0]
     if shutil.which(compiler) is None:
         raise LeftOut(
@@ -220,6 +222,7 @@ if __name__ == "__main__":
     try:
         arguments = extension()
     except LeftOut as reason:
-        say(f"the C++ extension is left out: {reason}")
+        if not {"egg_info", "dist_info"} & set(sys.argv):  # pip calls for these first: once is enough
+            say(f"the C++ extension is left out: {reason}")
         arguments = {}
     setup(**arguments)

@@ -1,9 +1,16 @@
-"""Greedy generation on one CPU thread: ours and transformers, the same weights and the same tokens.
+"""Greedy generation: `wikigpt generate` and transformers' `generate`, the same random GPT-2 and the same tokens.
 
-    pytest bench/bench_generation.py --benchmark-disable-gc -q
+    pytest bench/bench_generation.py [--sizes smoke|default|full] [--device cpu|cuda]
 
-Groups are shapes; the column tokens/s stands in extra_info.
+Float32 on one CPU thread (a few rows gain little from threads, which on a shared machine wait long for each other), bf16 on a
+GPU. The tokens of both are compared in float32 before anything is timed; time is what a caller waits, prompt included.
 """
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,55 +18,100 @@ import torch
 from wikigpt import hub
 from wikigpt.generate import generate
 
-PROMPT, NEW = 32, 128
+from .suite import Function, Measure, Peer, Problem, plain, rows
+
+transformers = pytest.importorskip("transformers")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A few rows gain little from threads, which on a shared machine wait long for each other."""
+class Case(NamedTuple):
+    n_layer: int
+    n_embd: int
+    vocab_size: int
+    batch: int
+    prompt: int
+    new: int
+
+
+def cases(device: str, sizes: str) -> list[Case]:
+    return {
+        ("cpu", "smoke"): [Case(2, 64, 1000, 2, 8, 16)],
+        ("cpu", "default"): [Case(4, width, 33278, batch, 32, 128) for width in (128, 192) for batch in (1, 8)],
+        ("cpu", "full"): [Case(4, width, 33278, batch, 32, 128) for width in (128, 192, 512) for batch in (1, 8, 32)],
+        ("cuda", "smoke"): [Case(2, 64, 1000, 2, 8, 16)],
+        ("cuda", "default"): [Case(12, 768, 50257, batch, 128, 64) for batch in (1, 16, 64)],
+        ("cuda", "full"): [Case(12, 768, 50257, batch, 128, 256) for batch in (1, 4, 16, 64, 256)],
+    }[device, sizes]
+
+
+def peers(case: Case, device: str, sizes: str) -> dict[str, Peer]:
+    found = {"ours": plain(print), "transformers": plain(print)}
+    if sizes == "full":  # it compiles the model, a minute each
+        found["transformers, static cache"] = plain(print, device="cuda")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(device: str) -> Iterator[None]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if device == "cpu":
+        torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module", params=[128, 192], ids=lambda width: f"4x{width}")
-def models(request, tmp_path_factory):
-    """The same random GPT-2 with the words of WikiText-2, in transformers and here."""
-    transformers = pytest.importorskip("transformers")
+def models(case: Case) -> tuple[Any, Any]:
+    """The same random weights here and in transformers."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        vocab_size=33278, n_positions=256, n_embd=request.param, n_layer=4, n_head=4, eos_token_id=0
-    )
+        vocab_size=case.vocab_size, n_positions=case.prompt + case.new, n_embd=case.n_embd, n_layer=case.n_layer,
+        n_head=max(1, case.n_embd // 64), bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
     theirs = transformers.GPT2LMHeadModel(config).eval()
-    # Without an end token it makes all NEW tokens.
+    # Without an end token it makes all the new tokens.
     theirs.generation_config.eos_token_id = None
     theirs.generation_config.pad_token_id = 0
     for p in theirs.parameters():
         # Wider than at the start of training, where every prompt leads to one repeated token.
         torch.nn.init.normal_(p, mean=1.0 if p.dim() == 1 else 0.0, std=0.1)
-    directory = tmp_path_factory.mktemp("gpt2")
-    theirs.save_pretrained(directory)
-    return hub.from_pretrained(str(directory)).eval(), theirs
+    with tempfile.TemporaryDirectory() as directory:
+        theirs.save_pretrained(directory)
+        return hub.from_pretrained(directory).eval(), theirs
 
 
-@pytest.mark.parametrize("batch_size", [1, 8])
-@pytest.mark.parametrize("implementation", ["wikigpt", "transformers"])
-def test_generation(benchmark, models, batch_size, implementation):
-    ours, theirs = models
-    prompts = torch.randint(33278, (batch_size, PROMPT), generator=torch.Generator().manual_seed(1))
+def problem(case: Case, device: str) -> Problem:
+    ours, theirs = (model.to(device) for model in models(case))
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    prompts = torch.randint(case.vocab_size, (case.batch, case.prompt), generator=torch.Generator().manual_seed(1)).to(device)
 
-    def run_ours():
-        return generate(ours, prompts, NEW, temperature=0)
-
-    def run_theirs():
+    def run(name: str, count: int) -> list[list[int]]:
+        if name == "ours":
+            return generate(ours, prompts, count, temperature=0)
+        options = {"cache_implementation": "static"} if "static" in name else {}
         mask = torch.ones_like(prompts)
-        out = theirs.generate(prompts, attention_mask=mask, max_new_tokens=NEW, use_cache=True, do_sample=False)
-        return out[:, PROMPT:].tolist()
+        made = theirs.generate(prompts, attention_mask=mask, max_new_tokens=count, use_cache=True, do_sample=False, **options)
+        return made[:, case.prompt :].tolist()
 
-    assert run_ours() == run_theirs()
-    benchmark.group = f"{theirs.config.n_layer} x {theirs.config.n_embd}, batch {batch_size}"
-    run = run_ours if implementation == "wikigpt" else run_theirs
-    benchmark.pedantic(run, rounds=7, warmup_rounds=1)
-    benchmark.extra_info["tokens_per_second"] = round(batch_size * NEW / benchmark.stats.stats.median)
-    print(f"\n{benchmark.group}, {implementation}: {benchmark.extra_info['tokens_per_second']} tokens/s")
+    expected = run("transformers", 16)
+
+    def check(name: str, _: Function) -> None:
+        assert run(name, 16) == expected, f"{name}: other tokens than transformers"
+
+    def call(name: str, _: Function) -> Callable[[], Any]:
+        (ours if name == "ours" else theirs).to(dtype)
+        return lambda: run(name, case.new)
+
+    return Problem(
+        op="generation",
+        shape=f"{case.n_layer} layers x {case.n_embd}, batch {case.batch}, {case.prompt} + {case.new} tokens",
+        call=call,
+        check=check,
+        tokens=case.batch * case.new,
+        dtype=dtype,
+        wall=True,
+        axes=case._asdict(),
+    )
+
+
+@rows(cases, peers)
+def test_generation(measure: Measure, case: Case, name: str) -> None:
+    measure(problem, case, name)

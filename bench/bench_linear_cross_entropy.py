@@ -3,9 +3,8 @@
     pytest bench/bench_linear_cross_entropy.py [--sizes smoke|default|full] [--device cpu|cuda]
 
 bf16 on a GPU, float32 on a CPU, random normal data. TFLOP/s counts 2 N V D for the forward and three times as much with the
-backward, whatever an implementation computes besides. "of matmul" and "of copy" are fractions of what a square product and a
-copy reach on the same machine in the same run. "extra MiB" is the peak of what a call allocates less the gradients it returns,
-"of logits" that in parts of the logits in bf16. Every result is compared with float64 before it is timed.
+backward, whatever an implementation computes besides. "extra MiB" is the peak less the gradients that are returned, "of logits"
+that in parts of the logits in bf16 (float32 on a CPU). Every result is compared with float64 before it is timed.
 """
 
 from __future__ import annotations
@@ -13,12 +12,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.util
-import statistics
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,13 +22,15 @@ from wikigpt.kernels import cross_entropy, linear_cross_entropy
 from wikigpt.kernels.cross_entropy import cross_entropy_reference
 from wikigpt.kernels.linear_cross_entropy import linear_cross_entropy_reference
 
-from tests.conftest import assert_as_accurate_as
+from .suite import Function, Measure, Peer, Problem, assert_right, plain, rows
 
-from .bench_attention import copy_bandwidth, matmul_flops
-from .conftest import Summary
-from .timing import peak_bytes, replay, take_turns
 
-Function = Callable[..., Tensor]
+class Case(NamedTuple):
+    backward: bool
+    n: int
+    d: int
+    v: int
+
 
 # device, sizes -> (tokens, width, vocabulary)
 SHAPES = {
@@ -52,17 +50,25 @@ SHAPES = {
     ("cpu", "default"): [(2048, 128, 33278)],
     ("cpu", "full"): [(2048, 128, 33278), (2048, 192, 33278), (2048, 512, 33278)],
 }
-ROUNDS = {"smoke": 3, "default": 9, "full": 15}
 
 
-# --- linear layer + cross-entropy -----------------------------------------------------------------------------------
+def cases(device: str, sizes: str) -> list[Case]:
+    return [Case(backward, *shape) for backward in (False, True) for shape in SHAPES[device, sizes]]
 
 
-def plain(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+def is_ours(name: str) -> bool:
+    """Whether the numeric rule holds for it: filtering leaves out small gradients, so it is judged as a peer."""
+    return name.startswith("ours") and name != "ours, filtered"
+
+
+# --- linear layer + cross-entropy: each of (input, linear_weight, target) ----------------------------------------------
+
+
+def torch_loss(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, w), y)
 
 
-def plain_float32(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+def torch_loss_float32(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, w).float(), y)
 
 
@@ -81,164 +87,207 @@ def kept(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
         return linear_cross_entropy(x, w, y)
 
 
-def pytorchs_chunks(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
-    return F.linear_cross_entropy(x, w, y, options=torch.nn.LinearCrossEntropyOptions())
+def torch_chunks(**options: Any) -> Peer:
+    def make() -> Function:
+        if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+
+            def too_old(*_: Tensor) -> Tensor:
+                raise NotImplementedError("F.linear_cross_entropy came with torch 2.13")
+
+            return too_old
+        return functools.partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions(**options))
+
+    return Peer(make)
 
 
-def implementations(device: str, sizes: str) -> dict[str, Function]:
-    """Each of (input, linear_weight, target)."""
-    found: dict[str, Function] = {"ours": linear_cross_entropy, "linear + cross_entropy": plain}
-    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        found["F.linear_cross_entropy, chunks"] = pytorchs_chunks
-    if device == "cpu":
-        return found
-    found["ours, logits kept"] = kept
-    found["ours, filtered"] = functools.partial(linear_cross_entropy, filter_gradients=True)
-    found["linear + cross_entropy, float32"] = plain_float32
-    found["torch.compile"] = torch.compile(plain_float32, dynamic=False)
-    if importlib.util.find_spec("liger_kernel") is not None:
-        liger = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
-        found["liger"] = lambda x, w, y: liger(w, x, y)
-    if importlib.util.find_spec("quack") is not None:
-        quack = importlib.import_module("quack.linear_cross_entropy").chunked_linear_cross_entropy
-        found["quack"] = lambda x, w, y: quack(x, w, y)
-    if importlib.util.find_spec("cut_cross_entropy") is not None:
-        cut = importlib.import_module("cut_cross_entropy").linear_cross_entropy
-        found["cut_cross_entropy"] = lambda x, w, y: cut(x, w, y)
-    return found
+def liger() -> Function:
+    loss = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
+    return lambda x, w, y: loss(w, x, y)
 
 
-def check(name: str, function: Function, tensors: list[Tensor], y: Tensor, reference: Function) -> None:
-    """Loss and gradients of a part of the tokens by the numeric rule."""
-
-    def run(function: Function, dtype: torch.dtype) -> list[Tensor]:
-        leaves = [tensors[0][:256].to(dtype).detach(), *(tensor.to(dtype).detach() for tensor in tensors[1:])]
-        leaves = [leaf.requires_grad_() for leaf in leaves]
-        loss = function(*leaves, y[:256])
-        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
-
-    truth, simple, got = run(reference, torch.float64), run(reference, tensors[0].dtype), run(function, tensors[0].dtype)
-    for ours, plainly, true in zip(got, simple, truth):
-        if name in ("ours", "ours, logits kept", "ours, in place"):
-            assert_as_accurate_as(ours, plainly, true, absolute=torch.finfo(ours.dtype).eps * float(true.abs().max()) / 2)
-        else:  # a peer's accuracy is not ours to judge, but it has to compute the same
-            torch.testing.assert_close(ours.double(), true, rtol=5e-2, atol=5e-2 * float(true.abs().max()))
+def quack() -> Function:
+    return importlib.import_module("quack.linear_cross_entropy").chunked_linear_cross_entropy
 
 
-def _calls(functions: dict[str, Function], tensors: list[Tensor], y: Tensor, reference: Function, backward: bool) -> Any:
-    """(calls of those that compute this, why the others do not)."""
-    calls: dict[str, Callable[[], Any]] = {}
-    reasons: dict[str, str] = {}
-    for name, function in functions.items():
-        try:
-            check(name, function, tensors, y, reference)
-        except (RuntimeError, NotImplementedError, TypeError) as error:
-            reasons[name] = str(error).splitlines()[0]
-            continue
-
-        def call(function: Function = function) -> None:
-            with contextlib.nullcontext() if backward else torch.no_grad():
-                loss = function(*tensors, y)
-            if backward:
-                torch.autograd.grad(loss, tensors)
-
-        calls[name] = call
-    return calls, reasons
+def cut() -> Function:
+    return importlib.import_module("cut_cross_entropy").linear_cross_entropy
 
 
-@functools.cache
-def measure(device: str, sizes: str, n: int, d: int, v: int, backward: bool) -> dict[str, tuple[list[float], int] | str]:
-    """Implementation -> (seconds of each round, peak bytes), or why it cannot."""
+PEERS = {
+    "ours": plain(linear_cross_entropy),
+    "ours, logits kept": plain(kept, device="cuda"),
+    "ours, filtered": plain(functools.partial(linear_cross_entropy, filter_gradients=True), device="cuda"),
+    "linear + cross_entropy": plain(torch_loss),
+    "linear + cross_entropy, float32": plain(torch_loss_float32, device="cuda"),
+    "torch.compile": Peer(functools.partial(torch.compile, torch_loss_float32, dynamic=False), "cuda"),
+    "F.linear_cross_entropy, chunks": torch_chunks(),
+    "F.linear_cross_entropy, accurate": torch_chunks(acc_policy="accurate"),
+    "liger": Peer(liger, "cuda", "liger_kernel"),
+    "quack": Peer(quack, "cuda", "quack"),
+    "cut_cross_entropy": Peer(cut, "cuda", "cut_cross_entropy"),
+}
+
+
+def run(function: Function, leaves: list[Tensor], y: Tensor) -> list[Tensor]:
+    loss = function(*leaves, y)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def cut_to(count: int, tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The problem of the first `count` tokens."""
+    return [(t[:count] if i == 0 else t).detach().to(dtype).requires_grad_() for i, t in enumerate(tensors)]
+
+
+def timed(function: Function, leaves: list[Tensor], y: Tensor, backward: bool) -> Callable[[], Any]:
+    def step() -> None:
+        with contextlib.nullcontext() if backward else torch.no_grad():
+            loss = function(*leaves, y)
+        if backward:
+            torch.autograd.grad(loss, leaves)
+
+    return step
+
+
+def check_part(name: str, function: Function, reference: Function, leaves: list[Tensor], y: Tensor, expected: Any) -> None:
+    """Loss and gradients of the first tokens by the numeric rule."""
+    few = min(256, y.shape[0])
+    dtype = leaves[0].dtype
+    for got, simple, true in zip(run(function, cut_to(few, leaves, dtype), y[:few]), *expected()):
+        most = float(true.abs().max())
+        row = name if is_ours(name) else "peer"
+        assert_right(row, [got], [simple], [true], absolute=torch.finfo(dtype).eps / 2 * most)
+
+
+def problem(case: Case, device: str) -> Problem:
+    n, d, v = case.n, case.d, case.v
     rng = torch.Generator(device).manual_seed(n + d + v)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     x = torch.randn(n, d, generator=rng, device=device, dtype=dtype).requires_grad_()
     w = (torch.randn(v, d, generator=rng, device=device, dtype=dtype) / d**0.5).requires_grad_()
     y = torch.randint(v, (n,), generator=rng, device=device)
-    calls, reasons = _calls(implementations(device, sizes), [x, w], y, linear_cross_entropy_reference, backward)
-    seconds = take_turns(calls, device, ROUNDS[sizes])
-    return {**{name: (seconds[name], peak_bytes(call, device)) for name, call in calls.items()}, **reasons}
+    few = min(256, n)
+
+    @functools.cache
+    def expected() -> tuple[list[Tensor], list[Tensor]]:
+        both = [run(linear_cross_entropy_reference, cut_to(few, [x, w], t), y[:few]) for t in (dtype, torch.float64)]
+        return both[0], both[1]
+
+    @functools.cache
+    @torch.no_grad()
+    def whole() -> list[Tensor]:
+        """The loss of all tokens and its gradients for the last rows of input and weight, in float32 and float64."""
+        rows = 8
+        wide = w.float()
+        lse = torch.cat([(part.float() @ wide.T).logsumexp(-1) for part in x.split(512)])
+        loss = (lse - (x.float() * wide[y]).sum(-1)).double().mean()
+        del wide
+        p = ((x[-rows:].double() @ w.double().T) - lse[-rows:, None]).exp()  # (rows, V)
+        p[torch.arange(rows), y[-rows:]] -= 1
+        q = (x.double() @ w[-rows:].double().T - lse[:, None]).exp()  # (N, rows)
+        q -= (y[:, None] == torch.arange(v - rows, v, device=y.device)).double()
+        return [loss, p @ w.double() / n, q.T @ x.double() / n]
+
+    def check(name: str, function: Function) -> None:
+        check_part(name, function, linear_cross_entropy_reference, [x, w], y, expected)
+        loss, d_x, d_w = run(function, [x, w], y)
+        for got, true in zip((loss, d_x[-8:], d_w[-8:]), whole()):
+            torch.testing.assert_close(got.double(), true, rtol=5e-2, atol=5e-2 * float(true.abs().max()))
+
+    def columns(peak: int) -> dict[str, str]:
+        extra = max(0, peak - (dtype.itemsize * (n + v) * d if case.backward else 0))
+        return {"extra MiB": f"{extra / 2**20:,.1f}", "of logits": f"{extra / (dtype.itemsize * n * v):.1%}"}
+
+    return Problem(
+        op=f"linear cross-entropy, forward{' and backward' if case.backward else ''}",
+        shape=f"{n:,} x {d:,}, vocabulary {v:,}",
+        call=lambda name, function: timed(function, [x, w], y, case.backward),
+        check=check,
+        flops=2 * n * d * v * (3 if case.backward else 1),
+        dtype=dtype,
+        axes=case._asdict(),
+        columns=columns,
+    )
 
 
-def test_linear_cross_entropy(
-    benchmark: Any, summary: Summary, sizes: str, device: str, n: int, d: int, v: int, backward: bool, name: str
-) -> None:
-    measured = measure(device, sizes, n, d, v, backward)[name]
-    if isinstance(measured, str):
-        pytest.skip(f"{name} does not compute this: {measured}")
-    seconds, peak = measured
-    group = f"linear cross-entropy {'forward and backward' if backward else 'forward'}, {n} x {d}, vocabulary {v}"
-    replay(benchmark, group, name, seconds)
-    rate = 2 * n * d * v * (3 if backward else 1) / statistics.median(seconds)
-    of_matmul = rate / matmul_flops(device, torch.bfloat16 if device == "cuda" else torch.float32)
-    extra = peak - (2 * (n + v) * d if backward else 0)
-    benchmark.extra_info.update(device=device, flops_per_second=rate, of_matmul=of_matmul, extra_bytes=extra)
-    columns = {"TFLOP/s": f"{rate / 1e12:.4g}", "of matmul": f"{of_matmul:.0%}"}
-    if device == "cuda":
-        columns |= {"extra MiB": f"{extra / 2**20:,.0f}", "of logits": f"{extra / (2 * n * v):.1%}"}
-    summary.add(f"{group}, on {device}", name, seconds, **columns)
+@rows(cases, lambda case, device, sizes: PEERS)
+def test_linear_cross_entropy(measure: Measure, case: Case, name: str) -> None:
+    measure(problem, case, name)
 
 
-# --- cross-entropy of given logits ----------------------------------------------------------------------------------
+# --- cross-entropy of given logits: each of (logits, target) -----------------------------------------------------------
+
+
+class Logits(NamedTuple):
+    n: int
+    v: int
 
 
 def float32_cross_entropy(z: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(z.float(), y)
 
 
-def logits_implementations(device: str) -> dict[str, Function]:
-    """Each of (logits, target)."""
-    found: dict[str, Function] = {"ours": cross_entropy, "F.cross_entropy": F.cross_entropy}
-    if device == "cpu":
-        return found
-    found["ours, in place"] = functools.partial(cross_entropy, inplace_backward=True)
-    found["torch.compile"] = torch.compile(float32_cross_entropy, dynamic=False)
-    if importlib.util.find_spec("liger_kernel") is not None:
-        liger = importlib.import_module("liger_kernel.transformers").LigerCrossEntropyLoss()
-        found["liger"] = lambda z, y: liger(z * 1, y)  # it writes over what it is given
-    if importlib.util.find_spec("quack") is not None:
-        quack = importlib.import_module("quack.cross_entropy").cross_entropy
-        found["quack"] = lambda z, y: quack(z, y, reduction="mean")
-    return found
+def liger_logits() -> Function:
+    loss = importlib.import_module("liger_kernel.transformers").LigerCrossEntropyLoss()
+    return lambda z, y: loss(z * 1, y)  # it writes over what it is given
 
 
-@functools.cache
-def measure_logits(device: str, sizes: str, n: int, v: int) -> dict[str, tuple[list[float], int] | str]:
+def quack_logits() -> Function:
+    return functools.partial(importlib.import_module("quack.cross_entropy").cross_entropy, reduction="mean")
+
+
+LOGITS_PEERS = {
+    "ours": plain(cross_entropy),
+    "ours, in place": plain(functools.partial(cross_entropy, inplace_backward=True), device="cuda"),
+    "F.cross_entropy": plain(F.cross_entropy),
+    "torch.compile": Peer(functools.partial(torch.compile, float32_cross_entropy, dynamic=False), "cuda"),
+    "liger": Peer(liger_logits, "cuda", "liger_kernel"),
+    "quack": Peer(quack_logits, "cuda", "quack"),
+}
+
+
+def logits_problem(case: Logits, device: str) -> Problem:
+    n, v = case
     rng = torch.Generator(device).manual_seed(n + v)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     z = torch.randn(n, v, generator=rng, device=device, dtype=dtype).requires_grad_()
     y = torch.randint(v, (n,), generator=rng, device=device)
-    functions = logits_implementations(device)
-    inplace = {name: functions.pop(name) for name in ("ours, in place",) if name in functions}
-    calls, reasons = _calls(functions, [z], y, cross_entropy_reference, True)
-    for name, call in _calls(inplace, [z.detach().clone().requires_grad_()], y, cross_entropy_reference, True)[0].items():
-        calls[name] = call  # with logits of its own, which its first call replaces by their gradient
-    seconds = take_turns(calls, device, ROUNDS[sizes])
-    return {**{name: (seconds[name], peak_bytes(call, device)) for name, call in calls.items()}, **reasons}
+    few = min(256, n)
+
+    @functools.cache
+    def expected() -> tuple[list[Tensor], list[Tensor]]:
+        both = [run(cross_entropy_reference, cut_to(few, [z], t), y[:few]) for t in (dtype, torch.float64)]
+        return both[0], both[1]
+
+    def check(name: str, function: Function) -> None:
+        check_part(name, function, cross_entropy_reference, [z], y, expected)
+        # The whole: its last rows, which the first tokens' problem has not seen.
+        leaf = z.detach().clone().requires_grad_()
+        last = z[-few:].detach().double()
+        true = last.softmax(-1)
+        true[torch.arange(few), y[-few:]] -= 1
+        got = run(function, [leaf], y)[1][-few:].double()
+        torch.testing.assert_close(got, true / n, rtol=5e-2, atol=5e-2 / n)
+
+    def call(name: str, function: Function) -> Callable[[], Any]:
+        # The gradient may take the place of the logits: those have to be its own, and after its first call are no logits.
+        leaf = z.detach().clone().requires_grad_() if name == "ours, in place" else z
+        return timed(function, [leaf], y, True)
+
+    return Problem(
+        op="cross-entropy, forward and backward",
+        shape=f"{n:,} x {v:,}",
+        call=call,
+        check=check,
+        bytes=3 * n * v * dtype.itemsize,  # read for the loss, read and written for the gradient
+        dtype=dtype,
+        axes=case._asdict(),
+    )
 
 
-def test_cross_entropy(benchmark: Any, summary: Summary, sizes: str, device: str, n: int, v: int, name: str) -> None:
-    measured = measure_logits(device, sizes, n, v)[name]
-    if isinstance(measured, str):
-        pytest.skip(f"{name} does not compute this: {measured}")
-    seconds, peak = measured
-    group = f"cross-entropy forward and backward, {n} x {v}"
-    replay(benchmark, group, name, seconds)
-    size = 3 * n * v * (2 if device == "cuda" else 4)  # read for the loss, read and written for the gradient
-    rate = size / statistics.median(seconds)
-    of_copy = rate / copy_bandwidth(device)
-    benchmark.extra_info.update(device=device, bytes_per_second=rate, of_copy=of_copy, peak_bytes=peak)
-    columns = {"GB/s": f"{rate / 1e9:,.1f}", "of copy": f"{of_copy:.0%}", "peak MiB": f"{peak / 2**20:,.0f}"}
-    summary.add(f"{group}, on {device}", name, seconds, **columns)
+def logits_cases(device: str, sizes: str) -> list[Logits]:
+    return list(dict.fromkeys(Logits(n, v) for n, _, v in SHAPES[device, sizes]))
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    sizes = metafunc.config.getoption("--sizes")
-    device = metafunc.config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    shapes = SHAPES[device, sizes]
-    if metafunc.function is test_linear_cross_entropy:
-        cells = [(*shape, backward) for backward in (False, True) for shape in shapes]
-        names = implementations(device, sizes)
-        metafunc.parametrize(("n", "d", "v", "backward", "name"), [(*cell, name) for cell in cells for name in names])
-    else:
-        rows = dict.fromkeys((n, v) for n, _, v in shapes)
-        metafunc.parametrize(("n", "v", "name"), [(*row, name) for row in rows for name in logits_implementations(device)])
+@rows(logits_cases, lambda case, device, sizes: LOGITS_PEERS)
+def test_cross_entropy(measure: Measure, case: Logits, name: str) -> None:
+    measure(logits_problem, case, name)

@@ -1,29 +1,38 @@
-"""Options and the closing table of the benchmarks."""
+"""Options of the benchmarks, their parameters, what their files hold, and the tables at the end."""
 
 from __future__ import annotations
 
-import statistics
-from pathlib import Path
+import os
+import time
 from typing import Any
 
 import pytest
+import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from . import machine
+from .suite import Measure, Report
+from .tables import print_tables
+from .timing import copy_ceiling, matmul_ceiling
+
+_report = Report()
+_begin = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sizes", choices=("smoke", "default", "full"), default="default", help="how large the problems are")
     parser.addoption("--device", choices=("cpu", "cuda"), default=None, help="default: cuda where there is one")
+    parser.addoption("--time-limit", type=float, default=None, help="seconds after which further groups are skipped")
 
 
-class ReplayClock:
-    """A timer for pytest-benchmark that shows durations measured elsewhere (other processes, in turn)."""
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--sizes") == "smoke" and device_of(config) == "cpu":
+        # Problems so small gain nothing from a second thread, and on a busy machine they wait long for it.
+        os.environ["OMP_NUM_THREADS"] = "1"  # for the processes of bench_training.py
+        torch.set_num_threads(1)
 
-    def __init__(self) -> None:
-        self.now = 0.0
 
-    def __call__(self) -> float:
-        return self.now
+def device_of(config: pytest.Config) -> str:
+    return config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="session")
@@ -33,54 +42,82 @@ def sizes(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
-    import torch
-
-    return request.config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    return device_of(request.config)
 
 
-class Summary:
-    """Rows collected by the benchmarks: group -> implementation -> (seconds of each round, further columns)."""
-
-    def __init__(self) -> None:
-        self.groups: dict[str, dict[str, tuple[list[float], dict[str, Any]]]] = {}
-
-    def add(self, group: str, name: str, seconds: list[float], **columns: Any) -> None:
-        self.groups.setdefault(group, {})[name] = (seconds, columns)
+@pytest.fixture
+def measure(benchmark: Any, request: pytest.FixtureRequest, device: str, sizes: str) -> Measure:
+    return Measure(_report, benchmark, request, device, sizes)
 
 
-_summary = Summary()
+def key_of(item: Any) -> tuple[str, str, Any] | None:
+    """The group that a row belongs to, as `Measure` keeps it."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return (item.module.__name__, item.function.__name__, parameters["case"]) if "case" in parameters else None
 
 
-@pytest.fixture(scope="session")
-def summary() -> Summary:
-    return _summary
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    test: Any = metafunc.function
+    if not hasattr(test, "peers"):
+        return
+    device, sizes = device_of(metafunc.config), metafunc.config.getoption("--sizes")
+    parameters = []
+    for case in test.cases(device, sizes):
+        for name, peer in test.peers(case, device, sizes).items():
+            reason = peer.missing(device)
+            if reason is None:
+                parameters.append(pytest.param(case, name, id=f"{'-'.join(str(x) for x in case)}-{name}"))
+            else:
+                key = metafunc.module.__name__.rpartition(".")[2].removeprefix("bench_")
+                _report.missing.setdefault(reason, {}).setdefault(key, set()).add(name)
+    metafunc.parametrize(("case", "name"), parameters)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # -k may have left out rows: what nobody asked for is not measured.
+    for item in session.items:
+        if (key := key_of(item)) is not None:
+            _report.chosen.setdefault(key, []).append(item.callspec.params["name"])  # type: ignore[attr-defined]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    limit = item.config.getoption("--time-limit")
+    if limit is not None and time.monotonic() - _begin > limit and key_of(item) not in _report.groups:
+        _report.late.add(item.nodeid)
+        pytest.skip(f"the time limit of {limit:.0f} s has passed")
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    brand = machine_info.get("cpu", {}).get("brand_raw", machine.cpu_name())
+    machine_info["cpu"] = {"brand_raw": brand, "count": machine_info.get("cpu", {}).get("count")}
+    for noise in ("python_build", "python_compiler", "node"):
+        machine_info.pop(noise, None)
+    machine_info["wikigpt"] = machine.facts(device_of(config))
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    """Statistics without the samples they were made of, and the ceilings of this run."""
+    for entry in output_json["benchmarks"]:
+        entry["stats"].pop("data", None)
+        for key in ("params", "options"):  # cases are objects, and the axes hold what they say
+            entry.pop(key, None)
+    device = device_of(config)
+    output_json["sizes"] = config.getoption("--sizes")
+    output_json["missing"] = {
+        reason: {test: sorted(names) for test, names in tests.items()} for reason, tests in _report.missing.items()
+    }
+    output_json["left_out_for_time"] = sorted(_report.late)
+    rows = [row for row in _report.rows if row.info.get("ceiling")]
+    output_json["ceilings"] = {
+        **{f"matmul {dtype}": matmul_ceiling(device, getattr(torch, dtype))
+           for dtype in dict.fromkeys(row.info["dtype"] for row in rows if row.info["ceiling"] == "matmul")},
+        **({"copy": copy_ceiling(device)} if any(row.info["ceiling"] == "copy" for row in rows) else {}),
+    }  # fmt: skip
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if not _summary.groups:
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=120, highlight=False)
-    for group, rows in _summary.groups.items():
-        extra = list(dict.fromkeys(key for _, columns in rows.values() for key in columns))
-        table = Table("implementation", "median ms", "min", "max", *extra, "time / ours", title=group)
-        ours = rows.get("ours")
-        for name, (seconds, columns) in rows.items():
-            median = statistics.median(seconds)
-            factor = "" if ours is None or name == "ours" else f"{median / statistics.median(ours[0]):.2f}x"
-            table.add_row(
-                name, f"{median * 1e3:.1f}", f"{min(seconds) * 1e3:.1f}", f"{max(seconds) * 1e3:.1f}",
-                *(str(columns.get(key, "")) for key in extra), factor,
-            )  # fmt: skip
-        console.print(table)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _environment() -> None:
-    import torch
-
-    threads = torch.get_num_threads()
-    print(f"\ntorch {torch.__version__}, {threads} CPU threads, CUDA {torch.cuda.is_available()}")
+    print_tables(_report)

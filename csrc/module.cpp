@@ -1,5 +1,8 @@
 // wikigpt._C: importing it registers the operators of this folder under torch.ops.wikigpt; its only Python-visible
 // content is what `wikigpt doctor` prints about the build.
+
+// The pybind11 that comes with torch 2.11 refuses it. Nothing here uses PyTorch's library.
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 
 #include "cuda_stream.h"

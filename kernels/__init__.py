@@ -27,6 +27,7 @@ if __name__ != "kernels":
     from .norm import LayerNorm, RMSNorm, layer_norm, rms_norm
     from .optimizer import FusedAdam, FusedAdamW
     from .rotary import apply_rotary_emb, apply_rotary_emb_qk, rotary_cos_sin
+    from .sampling import sample, top_k_top_p_sampling_from_logits
 
 __all__ = [
     "BACKENDS",
@@ -58,7 +59,9 @@ __all__ = [
     "ops",
     "rms_norm",
     "rotary_cos_sin",
+    "sample",
     "scaled_dot_product_attention",
     "swiglu",
+    "top_k_top_p_sampling_from_logits",
     "varlen_attn",
 ]

@@ -183,6 +183,9 @@ def extension() -> tuple[Any, str | None]:
         module = importlib.import_module("wikigpt._C")
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError):
-            return None, "csrc/ was not built (needs a C++ compiler: pip install --no-build-isolation .)"
+            return (
+                None,
+                "csrc/ was not built (needs torch and a C++ compiler: pip install --no-build-isolation ., see docs/build.md)",
+            )
         return None, f"wikigpt._C does not load ({str(error).splitlines()[0]})"
     return module, None

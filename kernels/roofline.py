@@ -159,7 +159,7 @@ def _attention_cases() -> Iterator[Case]:
                     both = forward + attention(tokens // s, s, s, heads, heads, d, causal, True)
                     shape = f"{tokens // s} x {s:,}, {heads} heads of {d}, {'causal' if causal else 'full'}"
                     direction = "forward and backward" if backward else "forward"
-                    group = f"attention {direction}, S {s}, head_dim {d}, {'causal' if causal else 'full'}"
+                    group = f"attention {direction}, head_dim {d}, {'causal' if causal else 'full'}, S {s}"
                     yield Case("attention", f"{direction}, {shape}", both if backward else forward, group)
     for b, context in ((1, 131072), (4, 32768), (16, 8192), (64, 8192)):
         group = f"decoding, batch {b}, context {context}"
@@ -186,9 +186,9 @@ def _activation_cases() -> Iterator[Case]:
     for n, f in ((8192, 3072), (8192, 11008), (32768, 11008)):
         for form, gated in forms:
             forward = activation(n, f, gated, False)
-            yield Case("activation", f"{form}, forward, {n:,} x {f:,}", forward, f"{form} forward, {n} x {f}")
+            yield Case("activation", f"{form}, forward, {n:,} x {f:,}", forward, f"{form}, forward, {n:,} x {f:,}")
             both = forward + activation(n, f, gated, True)
-            group = f"{form} forward and backward, {n} x {f}"
+            group = f"{form}, forward and backward, {n:,} x {f:,}"
             yield Case("activation", f"{form}, forward and backward, {n:,} x {f:,}", both, group)
 
 
@@ -196,16 +196,16 @@ def _other_cases() -> Iterator[Case]:
     for b, s, heads, groups, d in ((8, 2048, 32, 8, 128), (8, 2048, 16, 16, 64), (64, 1, 32, 8, 128)):
         work, name = rotary(b, s, heads, groups, d), f"{heads} + {groups} heads of {d}"
         for direction, moved in (("forward", work), ("forward and backward", work + work)):
-            group = f"rotary {direction}, halves, batch {b}, S {s}, {name}"
+            group = f"rotary halves, {direction}, batch {b}, S {s}, {name}"
             yield Case("rotary", f"{direction}, {b} x {s:,}, {name}", moved, group)
     for n, d, v in ((8192, 1024, 33278), (8192, 4096, 128256), (4096, 4096, 128256)):
         for backward in (False, True):
             work, direction = linear_cross_entropy(n, d, v, backward), "forward and backward" if backward else "forward"
-            group = f"linear cross-entropy {direction}, {n} x {d}, vocabulary {v}"
+            group = f"linear cross-entropy, {direction}, {n:,} x {d:,}, vocabulary {v:,}"
             yield Case("linear_cross_entropy", f"{direction}, {n:,} x {d:,}, vocabulary {v:,}", work, group)
     for n, v in ((8192, 33278), (8192, 128256), (4096, 128256)):
         work = cross_entropy(n, v, False) + cross_entropy(n, v, True)
-        group = f"cross-entropy forward and backward, {n} x {v}"
+        group = f"cross-entropy, forward and backward, {n:,} x {v:,}"
         yield Case("cross_entropy", f"forward and backward, {n:,} x {v:,}", work, group)
     for parameters, name in ((10_000_000, "10 M"), (124_000_000, "124 M"), (1_000_000_000, "1 B")):
         yield Case("adamw", f"{name} parameters, float32, with clipping", adamw(parameters))

@@ -202,7 +202,7 @@ def test_the_loss_of_pairs_does_not_depend_on_prompts_padding_or_batches():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.full) for seed in (1, 2))])
 def test_a_toy_translation_is_learnt_from_scratch_to_bleu_95_on_unseen_numbers(tmp_path, seed):
     rows = digit_pairs(1000, seed)
     path = finetune(

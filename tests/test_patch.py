@@ -631,7 +631,7 @@ def loss_curve(name, data, seed, how=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["Llama", "GPT-2"])
+@pytest.mark.parametrize("name", ["Llama", pytest.param("GPT-2", marks=pytest.mark.full)])
 def test_fifty_steps_on_wikitext_stay_within_the_spread_of_seeds(name, wikitext):
     """The spread at a step is the standard deviation of the unpatched losses of four seeds at that step. At every step the
     patched model is nearer than that to the unpatched one of the same seed."""

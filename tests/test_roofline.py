@@ -113,20 +113,20 @@ def test_every_shape_has_a_floor_on_every_gpu():
 def test_groups_are_named_as_the_benchmarks_name_them():
     """Every group that a GPU benchmark would write is one of a case, word by word."""
     known = {case.group for case in roofline.cases()}
-    assert "attention forward, S 512, head_dim 64, causal" in known
-    assert "attention forward and backward, S 16384, head_dim 128, full" in known
+    assert "attention forward, head_dim 64, causal, S 512" in known
+    assert "attention forward and backward, head_dim 128, full, S 16384" in known
     assert "decoding, batch 16, context 8192" in known
     assert "layer_norm with residual, backward, 8,192 x 4,096" in known
-    assert "swiglu packed forward, 8192 x 11008" in known
-    assert "rotary forward, halves, batch 8, S 2048, 32 + 8 heads of 128" in known
-    assert "linear cross-entropy forward and backward, 8192 x 4096, vocabulary 128256" in known
-    assert "cross-entropy forward and backward, 4096 x 128256" in known
+    assert "swiglu packed, forward, 8,192 x 11,008" in known
+    assert "rotary halves, forward, batch 8, S 2048, 32 + 8 heads of 128" in known
+    assert "linear cross-entropy, forward and backward, 8,192 x 4,096, vocabulary 128,256" in known
+    assert "cross-entropy, forward and backward, 4,096 x 128,256" in known
 
 
 def test_a_measured_time_shows_as_a_part_of_the_floor(tmp_path, capsys):
     folder = tmp_path / "nvidia-h100-80gb-hbm3"
     folder.mkdir()
-    group = "rotary forward, halves, batch 8, S 2048, 32 + 8 heads of 128"
+    group = "rotary halves, forward, batch 8, S 2048, 32 + 8 heads of 128"
     floor, _ = roofline.rotary(8, 2048, 32, 8, 128).floor(H100)
     rows = [{"group": group, "name": "ours", "median": 2 * floor}, {"group": group, "name": "liger", "median": floor}]
     (folder / "ops.json").write_text(json.dumps({"passed": True, "rotary": {"rows": rows}}))

@@ -386,7 +386,12 @@ def doctor() -> None:
     console.print(f"CPU threads: {torch.get_num_threads()}")
     if module is not None:
         built = module.build_info()
-        console.print(f"extension wikigpt._C: {', '.join(f'{key} {value}' for key, value in built.items())}")
+        console.print(
+            f"extension wikigpt._C: {built['instruction_set']}, built by {built['compiler']} with torch {built['torch']} "
+            f"for torch {built['stable_abi']} and later"
+        )
+        cuda = f"for {built['cuda_targets']}, by nvcc {built['cuda']}" if built["cuda"] else f"none, {built['no_cuda_because']}"
+        console.print(f"CUDA kernels of wikigpt._C: {cuda}")
     else:
         console.print(f"extension wikigpt._C: {missing}")
     device = "cuda" if torch.cuda.is_available() else "cpu"

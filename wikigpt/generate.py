@@ -5,7 +5,6 @@ Shapes: B batch, S positions, C = n_embd, V = vocab_size.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -14,67 +13,11 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
+from .kernels import sample
 from .model import GPT
 
 if TYPE_CHECKING:
     from .data import Tokenizer
-
-
-def sample(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """One token id (B) int64 for each row of logits (B, V); temperature 0 takes the most likely one.
-
-    Of softmax(logits / temperature), top_k keeps the k most likely tokens, then top_p the fewest that have
-    this probability together (Holtzman et al. 2020), then min_p those with at least this fraction of the
-    likeliest one's (Nguyen et al. 2024). Raises ValueError for values outside their range and for rows with
-    NaN, with +inf or with nothing but -inf.
-    """
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature: got {temperature}, must be 0 (greedy) or a positive number")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k: got {top_k}, must be 1 or more")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: got {top_p}, must be above 0 and at most 1")
-    if min_p is not None and not 0 <= min_p <= 1:
-        raise ValueError(f"min_p: got {min_p}, must be at least 0 and at most 1")
-    best, best_ids = logits.max(-1, keepdim=True)  # twice as fast as argmax on the CPU, and NaN comes through
-    if not best.isfinite().all():
-        raise ValueError("logits: a row has NaN, +inf or nothing but -inf")
-    if temperature == 0:
-        return best_ids[:, 0]
-    # Sums in float64, except where a device has none.
-    wide = torch.float32 if logits.device.type == "mps" else torch.float64
-    # The likeliest token has weight 1, whatever the temperature (one below 1e-30 could be 0 in float32).
-    weights = ((logits - best).float() / max(temperature, 1e-30)).exp()
-    vocab_size = weights.shape[-1]
-    ids = None
-    if top_k is not None:
-        weights, ids = weights.topk(min(top_k, vocab_size))  # the heaviest first
-    if top_p is not None:
-        total = weights.sum(-1, keepdim=True, dtype=wide)
-        if ids is None:
-            # What lies below this weighs less than 1 - top_p even together: top_p is reached without it.
-            floor = total * ((1 - top_p) / (2 * vocab_size))
-            weights, ids = weights.topk(int((weights > floor).sum(-1).max()))
-        before = weights.cumsum(-1, dtype=wide) - weights
-        weights = weights.masked_fill(before >= top_p * total, 0)
-    if min_p is not None:
-        weights = weights.masked_fill(weights < min_p, 0)
-    # Inversion of the distribution function: on the CPU 20 times faster than torch.multinomial, which draws a
-    # random number per token of the vocabulary.
-    mass = weights.cumsum(-1, dtype=wide)
-    total = mass[:, -1:].contiguous()
-    point = torch.rand(total.shape, dtype=wide, device=total.device, generator=generator) * total
-    # The product may round up to the total, which lies behind the last token.
-    point = point.minimum(torch.nextafter(total, torch.zeros_like(total)))
-    choice = torch.searchsorted(mass, point, right=True)  # (B, 1), never a token of weight 0
-    return (choice if ids is None else ids.gather(-1, choice))[:, 0]
 
 
 @torch.inference_mode()
@@ -94,9 +37,9 @@ def generate(
     """Up to max_new_tokens new token ids for each prompt; a row ends early with eos_id, which is included.
 
     `prompt_ids` are rows of any lengths or a tensor (B, S); an empty row starts from eos_id. Sampling is
-    as in `sample`; the same seed gives the same tokens, None draws from torch's global generator. The
-    function `stream(row, token)` sees each token as it comes. When the context is full, its older half is
-    dropped.
+    as in `wikigpt.kernels.sample`. Each row has a seed of its own, drawn from `seed` (None: torch's global
+    generator), so the random numbers of a row depend on no other row's length. The function
+    `stream(row, token)` sees each token as it comes. When the context is full, its older half is dropped.
 
     Raises UserError for a prompt longer than the context and for a token outside the vocabulary, ValueError
     for arguments out of range and for an empty prompt without eos_id.
@@ -112,11 +55,10 @@ def generate(
             rows[i] = row = [eos_id]
         check_tokens(model, row)
         groups.setdefault(len(row), []).append(i)
-    generator = None if seed is None else torch.Generator(model.head.weight.device).manual_seed(seed)
+    device = model.head.weight.device
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    seeds = torch.randint(-(2**63), 2**63 - 1, (len(rows),), device=device, generator=generator)
     new: list[list[int]] = [[] for _ in rows]
-
-    def pick(logits: Tensor) -> Tensor:
-        return sample(logits, temperature, top_k, top_p, min_p, generator)
 
     def on_token(row: int, token: int) -> bool:
         """Keep a token; whether its row goes on."""
@@ -129,7 +71,12 @@ def generate(
     model.eval()
     try:
         for members in groups.values():
-            prompts = torch.tensor([rows[i] for i in members], device=model.head.weight.device)
+            prompts = torch.tensor([rows[i] for i in members], device=device)
+            own_seeds = seeds[members]
+
+            def pick(logits: Tensor, step: int, own_seeds: Tensor = own_seeds) -> Tensor:
+                return sample(logits, temperature, top_k, top_p, min_p, seed=own_seeds, offset=step, check_nan=True)
+
             going = dict(enumerate(members))
             for tokens in _continuations(model, prompts, max_new_tokens, pick):
                 going = {i: row for i, row in going.items() if on_token(row, tokens[i])}
@@ -155,7 +102,9 @@ def check_tokens(model: GPT, ids: Sequence[int]) -> None:
             )
 
 
-def _continuations(model: GPT, prompts: Tensor, max_new_tokens: int, pick: Callable[[Tensor], Tensor]) -> Iterator[list[int]]:
+def _continuations(
+    model: GPT, prompts: Tensor, max_new_tokens: int, pick: Callable[[Tensor, int], Tensor]
+) -> Iterator[list[int]]:
     """The next token of every row, again and again, for prompts (B, S) of at least one token."""
     batch_size, prompt_length = prompts.shape
     context_length = model.config.context_length
@@ -173,7 +122,7 @@ def _continuations(model: GPT, prompts: Tensor, max_new_tokens: int, pick: Calla
             seen = end - (context_length + 1) // 2
         x = model.hidden(tokens[:, seen:end], cache)[:, -1]  # (B, C): the head is for the last position alone
         seen = end
-        tokens[:, end] = pick(x @ head)
+        tokens[:, end] = pick(x @ head, end - prompt_length)
         yield tokens[:, end].tolist()
 
 
@@ -261,4 +210,4 @@ def _continuation(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> tu
     return text[start:], settled - start
 
 
-__all__ = ["check_tokens", "complete", "generate", "sample"]
+__all__ = ["check_tokens", "complete", "generate"]

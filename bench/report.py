@@ -1,0 +1,408 @@
+"""docs/benchmarks.md and its plots, from what was measured: bench/results/<machine>/*.json.
+
+    python -m bench.report [--results bench/results] [--out docs] [--smoke]
+
+Nothing on the page comes from elsewhere: what has no result there is "not measured", and results of `--sizes smoke` are left
+out (unless --smoke asks for them), since they prove that a benchmark runs and nothing else. bench/results/<machine>/notes.md,
+by hand, is put under its machine. Plots are made by bench/plots.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import plots, records
+from .records import Record
+from .tables import milliseconds, standings
+
+ROOT = Path(__file__).resolve().parent.parent
+NOT_MEASURED = "not measured"
+Rows = list[dict[str, Any]]
+
+HEAD = """# Benchmarks
+
+Made by `python -m bench.report` from [bench/results](../bench/results); what has no result there is "not measured".
+
+## How it is measured
+
+`pytest bench/` compares every op with its peers in the same run: PyTorch's own operators, `torch.compile` of the reference and,
+where installed (`pip install ".[bench]"`), flash-attn, Liger, quack and cut-cross-entropy. Each result is compared with float64
+before it is timed; a wrong one is an error. On a GPU time is that of the device, by CUDA events around calls whose launches are
+queued beforehand, each with an L2 cache that was overwritten; whole steps of a model are timed as a caller waits for them.
+Implementations take turns, a sample each, and medians are shown. The fraction of the ceiling is that of one large product of
+matrices, or of one large copy, measured in the same run. "time / ours" above 1 means that ours is faster.
+
+## How to rerun
+
+```
+make bench ARGS="--sizes default"          # smoke: a minute; default; full
+pytest bench/bench_norm.py --benchmark-json=bench/results/<machine>/norm.json
+pytest bench/bench_norm.py --benchmark-save=before    # and later --benchmark-compare, --benchmark-histogram=FILE
+make gpu-check                             # all that needs a GPU, in nine minutes -> bench/results/<machine>/
+make gpu-check                             # again: goes on with what is left; --only ops/norm, --again: that once more
+python -m bench.report                     # this page
+```
+
+`make gpu-check` runs each part in a process of its own with a time limit: environment, build of csrc/, GPU tests file by file,
+compute-sanitizer, the benchmark of each op, training, generation, a profile of the training step, and WikiText-2 for 60 seconds
+with each of three implementations. `--device cpu --sizes smoke` proves it on any machine. A file of results is an object of
+parts, each with its date, commit and machine; `WIKIGPT_COMMIT` names the commit of a copy without its history.
+"""
+
+
+# --- what was measured ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Machine:
+    folder: str
+    parts: list[Record]
+    notes: str
+
+    @property
+    def rows(self) -> Rows:
+        return [row for part in self.parts for row in part.rows if "median" in row and "op" in row]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return next((part.content["machine"] for part in self.parts if part.content.get("machine")), {})
+
+    @property
+    def gpu(self) -> bool:
+        return "gpu" in self.facts
+
+    @property
+    def title(self) -> str:
+        first, *_ = self.notes.splitlines() or [""]
+        return self.facts.get("gpu") or self.facts.get("cpu") or first.removeprefix("# ").strip() or self.folder
+
+    def of(self, file: str) -> dict[str, dict[str, Any]]:
+        return {part.name: part.content for part in self.parts if part.file == file}
+
+    def caption(self, parts: Iterable[Record] | None = None) -> str:
+        """Hardware, versions, dates and commits, for a plot or a heading."""
+        chosen = [part for part in (self.parts if parts is None else parts) if part.content.get("date")]
+        versions: dict[str, str] = {}
+        for part in chosen:
+            versions |= part.content.get("machine", {}).get("versions", {})
+        dates = sorted({part.content["date"][:10] for part in chosen})
+        commits = sorted({_short(part.content.get("commit", "not known")) for part in chosen})
+        shown = ", ".join(f"{name} {version}" for name, version in versions.items())
+        when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}" if dates else "no date"
+        return f"{self.title}; {shown}; {when}, commit {', '.join(commits)}"
+
+
+def _short(commit: str) -> str:
+    name, _, rest = commit.partition(" ")
+    return f"{name[:10]} {rest}".strip() if len(name) == 40 else commit
+
+
+def machines(results: Path, smoke: bool = False) -> list[Machine]:
+    """GPUs first. Parts that failed have no rows; parts of smoke sizes are left out."""
+    found: dict[str, Machine] = {}
+    for path in sorted(results.iterdir()) if results.is_dir() else []:
+        if path.is_dir():
+            notes = path / "notes.md"
+            found[path.name] = Machine(path.name, [], notes.read_text() if notes.exists() else "")
+    for record in records.load(results):
+        if smoke or record.content.get("sizes") != "smoke":
+            found[record.folder].parts.append(record)
+    return sorted((m for m in found.values() if m.parts or m.notes), key=lambda m: (not m.gpu, m.folder))
+
+
+# --- goals ------------------------------------------------------------------------------------------------------------
+
+FASTEST = "the fastest of the others"
+
+
+def ratios(rows: Rows, peers: Sequence[str] | None = None) -> list[float]:
+    """In each group the time of the fastest peer (of those named) divided by ours."""
+    groups: dict[str, dict[str, float]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], {})[row["name"]] = row["median"]
+    found = []
+    for times in groups.values():
+        rivals = peers or [name for name in times if not name.startswith("ours") and name != "reference"]
+        others = [times[name] for name in rivals if name in times]
+        if "ours" in times and others:
+            found.append(min(others) / times["ours"])
+    return found
+
+
+def mean_and_worst(values: list[float], show: Callable[[float], str] = lambda x: f"{x:.2f}x") -> str:
+    if not values:
+        return NOT_MEASURED
+    mean = math.exp(statistics.fmean(math.log(value) for value in values))
+    return f"{show(mean)}, worst {show(min(values))}"
+
+
+def _percent(x: float) -> str:
+    return f"{x:.0%}"
+
+
+def _ours(rows: Rows, key: str) -> list[float]:
+    return [row[key] for row in rows if row["name"] == "ours" and row.get(key)]
+
+
+def _large(rows: Rows) -> Rows:
+    """Norms of 64 MB in bf16 and more: smaller ones are bound by the launch."""
+    return [row for row in rows if row["axes"]["m"] * row["axes"]["n"] >= 2**25]
+
+
+def _starts(*names: str) -> Callable[[dict[str, Any]], bool]:
+    return lambda row: row["op"].startswith(names)
+
+
+def _logits(rows: Rows) -> str:
+    """Peak memory beyond the returned gradients, as a part of the logits."""
+    parts = []
+    for row in rows:
+        if row["name"] == "ours":
+            n, d, v = (row["axes"][key] for key in "ndv")
+            gradients = (n + v) * d if row["axes"]["backward"] else 0
+            parts.append(max(0.0, row["peak_bytes"] / 2 - gradients) / (n * v))
+    return f", {max(parts):.1%} of the logits at most" if parts else ""
+
+
+def _tokens(model: str, peer: str) -> Callable[[Machine], str]:
+    def figure(machine: Machine) -> str:
+        """The fastest of our ways to train against a peer."""
+        rates: dict[str, float] = {}
+        for row in machine.rows:
+            if row["op"].startswith("training step") and row["shape"].startswith(model):
+                rates[row["name"]] = row["tokens_per_second"]
+        mine = [rate for name, rate in rates.items() if name.startswith("ours")]
+        return f"{max(mine) / rates[peer]:.2f}x" if mine and peer in rates else NOT_MEASURED
+
+    return figure
+
+
+def _mfu(machine: Machine) -> str:
+    rows = [r for r in machine.rows if r["op"].startswith("training step") and r["shape"].startswith("12 layers x 768")]
+    found = [row["mfu"] for row in rows if row["name"].startswith("ours") and row.get("mfu")]
+    return f"{max(found):.1%}" if found else NOT_MEASURED
+
+
+def _perplexity(machine: Machine) -> str:
+    runs = machine.of("wikitext")
+    shown = [f"{name} {part['valid_perplexity']:.1f}" for name, part in runs.items() if "valid_perplexity" in part]
+    return "; ".join(shown) or NOT_MEASURED
+
+
+def _of(chosen: Callable[[dict[str, Any]], bool], show: Callable[[Rows], str]) -> Callable[[Machine], str]:
+    def figure(machine: Machine) -> str:
+        rows = [row for row in machine.rows if chosen(row)]
+        return show(rows) if rows else NOT_MEASURED
+
+    return figure
+
+
+ATTENTION_PEERS = ("SDPA flash", "SDPA cuDNN", "FlexAttention")
+# what, measured against, goal, figure
+GOALS: list[tuple[str, str, str, Callable[[Machine], str]]] = [
+    ("attention forward, head_dim 64 and 128, S 512 to 16k", "the fastest of SDPA flash, SDPA cuDNN, FlexAttention", "1.0x",
+     _of(_starts("attention forward, "), lambda rows: mean_and_worst(ratios(rows, ATTENTION_PEERS)))),
+    ("attention forward and backward, the same cells", "the same", "0.9x",
+     _of(_starts("attention forward and backward"), lambda rows: mean_and_worst(ratios(rows, ATTENTION_PEERS)))),
+    ("decoding, batch 1 to 64, context 8k to 128k", "bandwidth of a copy", "85%",
+     _of(_starts("decoding"), lambda rows: mean_and_worst(_ours(rows, "of_ceiling"), _percent))),
+    ("layer_norm, rms_norm, 64 MB and more", "bandwidth of a copy", "90%",
+     _of(_starts("layer_norm", "rms_norm"), lambda rows: mean_and_worst(_ours(_large(rows), "of_ceiling"), _percent))),
+    ("layer_norm, rms_norm, all", FASTEST, "1.0x",
+     _of(_starts("layer_norm", "rms_norm"), lambda rows: mean_and_worst(ratios(rows)))),
+    ("linear cross-entropy", "linear + cross_entropy; memory of the logits", "faster; under 5%",
+     _of(_starts("linear cross-entropy"),
+         lambda rows: mean_and_worst(ratios(rows, ("linear + cross_entropy",))) + _logits(rows))),
+    ("bias_gelu, swiglu, geglu, rotary", "bandwidth of a copy", "90%",
+     _of(_starts("bias_gelu", "swiglu", "geglu", "rotary"), lambda rows: mean_and_worst(_ours(rows, "of_ceiling"), _percent))),
+    ("FusedAdamW with clipping", "fused AdamW and clip_grad_norm_: the fastest of the others", "1.5x",
+     _of(_starts("optimizer", "adamw"), lambda rows: mean_and_worst(ratios(rows)))),
+    ("sampling", FASTEST, "faster", _of(_starts("sampling"), lambda rows: mean_and_worst(ratios(rows)))),
+    ("training, 6 layers x 512", "plain PyTorch: SDPA, torch.compile, fused AdamW", "2.0x",
+     _tokens("6 layers x 512", "plain PyTorch, compiled")),
+    ("training, 6 layers x 512", "the source document's model code", "5.0x", _tokens("6 layers x 512", "seed document")),
+    ("training, GPT-2 small, S 1024, bf16", "bf16 peak in the data sheet (MFU)", "55%", _mfu),
+    ("WikiText-2 for 60 seconds", "validation perplexity", "the lowest", _perplexity),
+]  # fmt: skip
+
+
+def goals(found: Sequence[Machine]) -> str:
+    """Every goal on an H100 and an H200, measured or not."""
+    columns = []
+    for name in ("H100", "H200"):
+        columns.append(next((machine for machine in found if machine.gpu and name in machine.title), None))
+    lines = ["| | measured against | goal | H100 | H200 |", "|---|---|---|---|---|"]
+    for what, against, goal, figure in GOALS:
+        cells = [NOT_MEASURED if machine is None else figure(machine) for machine in columns]
+        lines.append(f"| {what} | {against} | {goal} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def table(head: Sequence[str], body: Iterable[Sequence[str]], left: int = 1) -> str:
+    """Markdown; the first `left` columns are text, the others numbers."""
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * left + "---:|" * (len(head) - left)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in body)])
+
+
+def summary(rows: Rows) -> str:
+    found = standings((row["op"], row["shape"], row["name"], row["median"]) for row in rows)
+    body = []
+    for s in found:
+        shape, worst = s.worst
+        body.append([s.op, s.peer, str(len(s.ratios)), f"{s.mean:.2f}x", f"{worst:.2f}x", shape, f"{s.best[1]:.2f}x"])
+    return table(("operation", "peer", "cells", "geometric mean", "worst", "worst cell", "best"), body, 2)
+
+
+def rows_of(rows: Rows) -> str:
+    """Every row of one operation."""
+    optional = {
+        "tokens/s": lambda r: f"{r['tokens_per_second']:,.0f}" if "tokens_per_second" in r else None,
+        "TFLOP/s": lambda r: f"{r['flops_per_second'] / 1e12:.4g}" if "flops_per_second" in r else None,
+        "GB/s": lambda r: f"{r['bytes_per_second'] / 1e9:,.4g}" if "bytes_per_second" in r else None,
+        "of ceiling": lambda r: f"{r['of_ceiling']:.0%}" if "of_ceiling" in r else None,
+        "MFU": lambda r: f"{r['mfu']:.1%}" if "mfu" in r else None,
+        "peak MiB": lambda r: f"{r['peak_bytes'] / 2**20:,.1f}" if "peak_bytes" in r else None,
+    }
+    shown = {name: cell for name, cell in optional.items() if any(cell(row) is not None for row in rows)}
+    ours = {row["shape"]: row["median"] for row in rows if row["name"] == "ours"}
+    body, before = [], None
+    for row in rows:
+        base = ours.get(row["shape"])
+        factor = f"{row['median'] / base:.2f}" if base and row["name"] != "ours" else ""
+        body.append([row["shape"] if row["shape"] != before else "", row["name"], milliseconds(row["median"]),
+                     *(cell(row) or "" for cell in shown.values()), factor])  # fmt: skip
+        before = row["shape"]
+    return table(("shape", "implementation", "ms", *shown, "time / ours"), body, 2)
+
+
+def picture(path: Path, title: str) -> str:
+    """The plot for a light and a dark page."""
+    place = f"benchmarks/{path.name}"
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{place}-dark.svg">'
+        f'<img alt="{title}" src="{place}.svg"></picture>'
+    )
+
+
+def wikitext(runs: dict[str, dict[str, Any]]) -> str:
+    body = []
+    for name, part in runs.items():
+        if "valid_perplexity" in part:
+            mfu = f"{part['mfu']:.1%}" if part.get("mfu") else ""
+            rate, perplexities = part["tokens_per_second"], (part["valid_perplexity"], part["test_perplexity"])
+            body.append([name, f"{part['training_seconds']:.0f}", f"{part['steps']:,}", f"{rate:,.0f}", mfu,
+                         *(f"{value:.1f}" for value in perplexities)])  # fmt: skip
+    if not body:
+        return NOT_MEASURED
+    head = ("run", "seconds", "steps", "tokens/s", "MFU", "validation perplexity", "test perplexity")
+    return table(head, body)
+
+
+def profiled(part: dict[str, Any]) -> str:
+    """Where the time of a training step goes."""
+    sections = []
+    for name, found in part.items():
+        if not isinstance(found, dict) or "ms_per_step" not in found:
+            continue
+        facts = [f"{found['ms_per_step']:.2f} ms a step", f"{found['tokens_per_second']:,.0f} tokens/s"]
+        if found.get("mfu"):
+            facts.append(f"MFU {found['mfu']:.1%}")
+        if "ours_fraction" in found:
+            facts += [f"{found['ours_fraction']:.0%} of the device's time in our kernels",
+                      f"idle {found['idle_fraction'] or 0:.1%} ({found['gaps_per_step']:.0f} gaps a step, "
+                      f"median {found['median_gap_us']:.1f} us)"]  # fmt: skip
+        text = f"**{name}**: {', '.join(facts)}."
+        if found.get("top"):
+            body = [[f"`{k['name'][:70]}`", "yes" if k["ours"] else "", f"{k['fraction']:.1%}", f"{k['ms_per_step']:.3f}",
+                     f"{k['calls_per_step']:.0f}"] for k in found["top"][:8]]  # fmt: skip
+            text += "\n\n" + table(("kernel", "ours", "of the time", "ms a step", "calls a step"), body, 2)
+        sections.append(text)
+    return "\n\n".join(sections) or NOT_MEASURED
+
+
+def tested(parts: dict[str, dict[str, Any]]) -> str:
+    """What the tests on this machine said."""
+    body = [
+        [name, "passed" if part.get("passed") else f"FAILED ({part.get('error', part.get('exit_code'))})",
+         f"{part.get('seconds', 0):.0f}", (part.get("tail") or [""])[-1].strip("= ")]
+        for name, part in parts.items() if not name.startswith("compile-")
+    ]  # fmt: skip
+    return table(("tests", "", "seconds", "last line"), body, 2) if body else NOT_MEASURED
+
+
+def section(machine: Machine, out: Path) -> list[str]:
+    lines = [f"## {machine.title}"]
+    if not machine.parts:
+        return [*lines, machine.notes.partition("\n")[2].strip()]
+    lines.append(machine.caption() + ".")
+    rows = machine.rows
+    if rows:
+        lines += ["### Against the others", summary(rows)]
+    drawn = plots.draw(machine, out / "benchmarks")
+    for title, path in drawn.items():
+        if path is not None:
+            lines += [f"### {title}", picture(path, f"{title}, {machine.title}")]
+    if nothing := [title for title, path in drawn.items() if path is None]:
+        lines.append(f"No result on this machine, so {NOT_MEASURED}: {'; '.join(nothing).lower()}.")
+    runs, extra = machine.of("wikitext"), machine.of("training")
+    lines += ["### WikiText-2 runs", wikitext(runs)]
+    if machine.gpu:
+        lines += ["### Profile of a training step", profiled(extra.get("profile", {}))]
+        lines += ["### Tests on this GPU", tested(machine.of("tests"))]
+    for op in dict.fromkeys(row["op"] for row in rows):
+        lines += [
+            f"<details><summary>{op}: every row</summary>",
+            rows_of([row for row in rows if row["op"] == op]),
+            "</details>",
+        ]
+    missing: dict[str, list[str]] = {}
+    for part in machine.parts:
+        for reason, tests in part.content.get("missing", {}).items():
+            if machine.gpu:
+                missing.setdefault(reason, []).extend(f"{test}: {', '.join(names)}" for test, names in tests.items())
+        if late := part.content.get("left_out_for_time"):
+            missing.setdefault("left out when time was over", []).append(f"{part.name}: {len(late)} rows")
+        if "error" in part.content:
+            missing.setdefault("failed", []).append(f"{part.file}/{part.name}: {part.content['error']}")
+    for reason, what in missing.items():
+        lines.append(f"{reason}: {'; '.join(what)}.")
+    if machine.notes:
+        lines.append(machine.notes.strip())
+    return lines
+
+
+def page(found: Sequence[Machine], out: Path) -> str:
+    lines = [HEAD.strip(), "## Goals on a GPU", "bf16, the peers in the same run; geometric mean and worst cell.", goals(found)]
+    if not any(machine.gpu for machine in found):
+        lines.append(
+            "No GPU has run this yet. What is known without one (registers, spills, shared memory, instructions, the floor in "
+            "time): [kernels/performance.md](kernels/performance.md)."
+        )
+    for machine in found:
+        lines += section(machine, out)
+    return "\n\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of benchmarks.md and benchmarks/")
+    parser.add_argument("--smoke", action="store_true", help="also results of smoke sizes, to try the page")
+    args = parser.parse_args(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    found = machines(args.results, args.smoke)
+    (args.out / "benchmarks.md").write_text(page(found, args.out))
+    print(f"{args.out / 'benchmarks.md'}: {', '.join(machine.title for machine in found) or 'no results'}")
+
+
+if __name__ == "__main__":
+    main()
