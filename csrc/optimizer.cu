@@ -5,9 +5,11 @@
 // block takes one chunk and finds its tensor by bisection.
 #include "optimizer.h"
 
+#ifdef __CUDACC__  // not where tests/emulated_optimizer.cpp includes this file
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#endif
 
 #include <algorithm>
 
@@ -19,6 +21,14 @@ constexpr int kMaxParameterBytes = 32764;
 constexpr int kThreads = 256;
 constexpr int kChunk = 4096;       // elements of a block's chunk in the update
 constexpr int kNormChunk = 16384;  // in the norm
+
+#ifdef __CUDACC__
+template <typename... P, typename... A>
+cudaError_t start(void (*kernel)(P...), int blocks, cudaStream_t stream, const A&... arguments) {
+  kernel<<<blocks, kThreads, 0, stream>>>(arguments...);
+  return cudaGetLastError();
+}
+#endif
 
 // --- loads and stores of V elements: 16 bytes at a time where V * sizeof(T) is at least that ---
 // .cs (evict first): what the update reads and writes is not read again soon, unlike gradients that the norm left in L2.
@@ -314,8 +324,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <bool kStochastic, typename P, typename S, typename T>
 cudaError_t launch_update(const Table& table, const Options& options, unsigned int* ticket, cudaStream_t stream) {
   const int blocks = std::max(table.first[table.count], 1);
-  update_kernel<kStochastic, P, S, T><<<blocks, kThreads, 0, stream>>>(table, options, ticket);
-  return cudaGetLastError();
+  return start(update_kernel<kStochastic, P, S, T>, blocks, stream, table, options, ticket);
 }
 
 cudaError_t launch_update(
@@ -336,9 +345,8 @@ cudaError_t launch_norm(
     const NormTable& table, double* partials, long long before, bool last, const float* grad_scale, void* result,
     bool result_is_double, unsigned int* ticket, cudaStream_t stream) {
   const int blocks = std::max(table.first[table.count], 1);
-  norm_kernel<G, T><<<blocks, kThreads, 0, stream>>>(
-      table, partials, before, last, grad_scale, result, result_is_double, ticket);
-  return cudaGetLastError();
+  return start(
+      norm_kernel<G, T>, blocks, stream, table, partials, before, last, grad_scale, result, result_is_double, ticket);
 }
 
 constexpr int64_t kMaxChunks = int64_t{1} << 30;  // of one launch

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import functools
 import io
 import math
 import pickle
+import shutil
+import subprocess
 
 import pytest
 import torch
-from conftest import assert_as_accurate_as
 from wikigpt.kernels import FusedAdam, FusedAdamW, optimizer
 from wikigpt.kernels._dispatch import explain
 
+from tests.conftest import ROOT, assert_as_accurate_as
 from wikigpt import kernels
 
 # More than one chunk of csrc/ and of the GPU, odd ends, one element, none, no dimension.
@@ -684,6 +687,194 @@ def test_a_step_does_not_wait_for_the_gpu():
         o.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# --- the CUDA kernels, emulated ----------------------------------------------------------------------------------------
+
+CODES = {torch.float32: 0, torch.bfloat16: 2, torch.float64: 3}
+POINTERS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "ema", "step")
+
+
+class Entry(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        ("numel", ctypes.c_int64), ("index", ctypes.c_uint32), ("group", ctypes.c_uint16), ("vector", ctypes.c_uint16),
+    )  # fmt: skip
+
+
+class Group(ctypes.Structure):
+    _fields_ = (
+        ("lr_tensor", ctypes.c_void_p),
+        *((name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "log_beta1", "log_beta2", "eps", "weight_decay")),
+        ("lr_is_double", ctypes.c_bool), ("maximize", ctypes.c_bool),
+    )  # fmt: skip
+
+
+class Options(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("norm", "grad_scale", "found_inf")),
+        ("max_norm", ctypes.c_double), ("ema_decay", ctypes.c_double), ("seed", ctypes.c_uint32),
+        *((name, ctypes.c_bool) for name in ("norm_is_double", "decoupled", "zero_grad", "stochastic")),
+    )  # fmt: skip
+
+
+class Emulated:
+    """The two implementations that optimizer.cpp makes of csrc/optimizer.cu, with pointers to the CPU's memory."""
+
+    def __init__(self, library):
+        self.library = library
+        self.ticket = torch.zeros(1, dtype=torch.int32)
+
+    def entries(self, lists, groups=()):
+        made = []
+        for i, tensors in enumerate(zip(*lists.values())):
+            pointers = {name: t.data_ptr() for name, t in zip(lists, tensors)}
+            vector = all(p % 16 == 0 for name, p in pointers.items() if name != "step")
+            group = next((g for g, (part, _, _) in enumerate(groups) if part.start <= i < part.stop), 0)
+            made.append(Entry(**pointers, numel=tensors[0].numel(), index=i, group=group, vector=vector))
+        return (Entry * len(made))(*made)
+
+    def grad_norm(self, grads, grad_scale=None, ticket=None):
+        chunks = [self.library.emulated_norm_chunks(ctypes.c_int64(g.numel())) for g in grads]
+        partials = torch.full((max(1, sum(chunks)),), math.nan, dtype=torch.float64)
+        result = torch.full((), math.nan, dtype=optimizer._norm_dtype(grads))
+        scale = None if grad_scale is None else ctypes.c_void_p(grad_scale.data_ptr())
+        dtypes, before = sorted({g.dtype for g in grads}, key=CODES.get), 0
+        for dtype in dtypes:
+            run = [i for i, g in enumerate(grads) if g.dtype == dtype]
+            self.library.emulated_norm(
+                self.entries({"grad": [grads[i] for i in run]}), len(run), CODES[dtype], ctypes.c_void_p(partials.data_ptr()),
+                ctypes.c_int64(before), dtype == dtypes[-1], scale, ctypes.c_void_p(result.data_ptr()),
+                result.dtype == torch.float64, ctypes.c_void_p(self.ticket.data_ptr()),
+            )  # fmt: skip
+            before += sum(chunks[i] for i in run)
+        assert not self.ticket
+        return result
+
+    def adamw(self, u):
+        lists = {
+            "param": u.params, "grad": u.grads, "exp_avg": u.exp_avgs, "exp_avg_sq": u.exp_avg_sqs,
+            "max_exp_avg_sq": u.max_exp_avg_sqs, "master": u.masters, "ema": u.emas, "step": u.steps,
+        }  # fmt: skip
+        groups = list(u.groups())
+        made = [
+            Group(
+                lr.data_ptr() if u.lrs else None, 0.0 if u.lrs else lr, b1, b2, log(b1), log(b2), eps, decay,
+                bool(u.lrs) and lr.dtype == torch.float64, bool(maximize),
+            )
+            for _, lr, (b1, b2, eps, decay, maximize) in groups
+        ]  # fmt: skip
+        options = Options(
+            *(None if t is None else t.data_ptr() for t in (u.norm, u.grad_scale, u.found_inf)),
+            u.max_norm, u.ema_decay, u.seed,
+            u.norm is not None and u.norm.dtype == torch.float64, u.decoupled, u.zero_grad, u.stochastic,
+        )  # fmt: skip
+        entries = self.entries({name: tensors for name, tensors in lists.items() if tensors}, groups)
+        for entry, index in zip(entries, u.indices):
+            entry.index = index
+        self.library.emulated_update(
+            entries, len(entries), (Group * len(made))(*made), len(made), ctypes.byref(options), CODES[u.params[0].dtype],
+            CODES[u.exp_avgs[0].dtype], ctypes.c_void_p(self.ticket.data_ptr()),
+        )  # fmt: skip
+        assert not self.ticket
+
+
+def log(beta):
+    return math.log(beta) if beta else -math.inf
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    library = tmp_path_factory.mktemp("emulated") / "emulated.so"
+    source = ROOT / "tests" / "emulated_optimizer.cpp"
+    subprocess.run(["g++", "-std=c++20", "-O1", "-shared", "-fPIC", source, "-o", library], check=True)
+    loaded = ctypes.CDLL(str(library))
+    loaded.emulated_norm_chunks.restype = ctypes.c_int64
+    return Emulated(loaded)
+
+
+EMULATED = {
+    "float32": {},
+    "all": {"amsgrad": True, "ema_decay": 0.9, "max_grad_norm": 0.5, "maximize": True, "zero_grad": True, "betas": (0.4, 0.0)},
+    "lr on the device": {"lr": torch.tensor(1e-2, dtype=torch.float64), "max_grad_norm": 0.5},
+    "float64": {"dtype": torch.float64, "ema_decay": 0.3, "max_grad_norm": 0.5},
+    "bfloat16": {"dtype": torch.bfloat16, "ema_decay": 0.9, "max_grad_norm": 0.5, "amsgrad": True},
+    "master": {"dtype": torch.bfloat16, "master_weights": True, "ema_decay": 0.9, "amsgrad": True},
+    "stochastic": {
+        "dtype": torch.bfloat16,
+        "stochastic_rounding": True,
+        "max_grad_norm": 0.5,
+        "amsgrad": True,
+        "zero_grad": True,
+    },
+    "adam": {"class": FusedAdam, "weight_decay": 0.3},
+}
+
+
+@pytest.mark.parametrize("case", EMULATED)
+def test_the_cuda_kernels_emulated_give_what_the_reference_gives(emulated, monkeypatch, case):
+    """Three steps, the second one skipped, in two groups with odd ends and one tensor that is not aligned."""
+    options = {"lr": 1e-2, "weight_decay": 0.1, **EMULATED[case]}
+    dtype, cls = options.pop("dtype", torch.float32), options.pop("class", FusedAdamW)
+    shapes = [(29, 401), (37,), (1,), (0,), (), (4099,)]
+    runs = []
+    for ours in (True, False):
+        params = make_params(dtype, shapes=shapes)
+        params[5] = torch.nn.Parameter(torch.cat((params[5].detach()[:1], params[5].detach()))[1:])
+        groups = [{"params": params[:2]}, {"params": params[2:], "betas": (0.8, 0.99), "eps": 1e-3}]
+        o = cls(groups, **options)
+        functions = {"grad_norm": emulated.grad_norm, "adamw": emulated.adamw}
+        if not ours:
+            functions = {"grad_norm": optimizer.grad_norm_reference, "adamw": optimizer.adamw_reference}
+        monkeypatch.setattr(optimizer, "choose", lambda op, device_type, functions=functions: functions[op])
+        o.grad_scale = torch.tensor(4.0)
+        for step in range(3):
+            o.found_inf = torch.tensor(float(step == 1))
+            set_grads(params, step, scale=4.0)
+            before = [p.detach().clone() for p in params]
+            o.step()
+            assert (step == 1) == all(torch.equal(p, b) for p, b in zip(params, before))
+            assert all(bool(p.grad.any()) != bool(options.get("zero_grad")) for p in params if p.numel())
+        states = {key: state_of(o, params, key) for key in o.state[params[0]]}
+        runs.append({"param": values(params), **states})
+        assert (states["step"] == 2).all()
+        if o.max_grad_norm is not None:
+            runs[-1]["norm"] = o.grad_norm[None]
+    assert runs[0].keys() == runs[1].keys()
+    for key, a in runs[0].items():
+        b = runs[1][key]
+        assert a.dtype == b.dtype
+        a, b = a.double(), b.double()
+        if (
+            dtype == torch.bfloat16 and a.numel() > 6
+        ):  # where float32 differs in its last bit, another number may be the nearest
+            assert torch.isclose(a, b, rtol=2e-6, atol=1e-9).double().mean() > 0.995, key
+            torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-6)
+        else:
+            tiny = 1e-13 if dtype == torch.float64 and key != "norm" else 2e-6
+            torch.testing.assert_close(
+                a, b, rtol=tiny, atol=tiny * float(b.abs().max()), msg=lambda text, key=key: f"{key}: {text}"
+            )
+
+
+def test_many_tensors_take_several_emulated_launches(emulated, monkeypatch):
+    functions = {"grad_norm": emulated.grad_norm, "adamw": emulated.adamw}
+    monkeypatch.setattr(optimizer, "choose", lambda op, device_type: functions[op])
+    shapes = [(1 + i % 7,) for i in range(380)]
+    mine, plain = make_params(shapes=shapes), make_params(torch.float64, shapes=shapes)
+
+    def groups(params):
+        return [{"params": params[i::18], "lr": 1e-3 * (1 + i)} for i in range(18)]
+
+    before = emulated.library.emulated_launches()
+    a, b = FusedAdamW(groups(mine), max_grad_norm=0.5), torch.optim.AdamW(groups(plain))
+    run(a, mine, 1)
+    run(b, plain, 1, clip=0.5, dtype=torch.float32)
+    assert emulated.library.emulated_launches() - before == 1 + 2  # 370 parameters or 16 groups a launch
+    torch.testing.assert_close(values(mine).double(), values(plain), rtol=1e-6, atol=1e-6)
+    assert all(float(a.state[p]["step"]) == 1 for p in mine)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
