@@ -112,11 +112,11 @@ struct Layout {
   const int64_t *sizes, *strides;
   explicit Layout(const Tensor& t) {
     int64_t *own_sizes, *own_strides;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device_index));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t.get(), &dim));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &own_sizes));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &own_strides));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device_index));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t.get(), &dim));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &own_sizes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &own_strides));
     sizes = own_sizes, strides = own_strides;
   }
   bool same_device(const Layout& other) const {
@@ -132,7 +132,7 @@ struct Layout {
 
 int32_t type_code(const Tensor& tensor) {
   int32_t code;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
   return code;
 }
 
