@@ -121,6 +121,8 @@ def test_groups_are_named_as_the_benchmarks_name_them():
     assert "rotary halves, forward, batch 8, S 2048, 32 + 8 heads of 128" in known
     assert "linear cross-entropy, forward and backward, 8,192 x 4,096, vocabulary 128,256" in known
     assert "cross-entropy, forward and backward, 4,096 x 128,256" in known
+    assert "AdamW with clipping, 124M parameters in 148 tensors" in known
+    assert "sample, top_p 0.9, 64 x 128,256" in known
 
 
 def test_a_measured_time_shows_as_a_part_of_the_floor(tmp_path, capsys):
