@@ -115,7 +115,7 @@ def problem(case: Case, device: str) -> Problem:
 
     return Problem(
         op=f"AdamW with clipping{', with the time of the host' if case.host and device == 'cuda' else ''}",
-        shape=f"{count / 1e6:,.3g}M parameters in {len(of_case)} tensors",
+        shape=f"{count / 1e6:,.0f}M parameters in {len(of_case)} tensors",
         call=call,
         check=check,
         bytes=32 * count,

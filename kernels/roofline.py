@@ -208,7 +208,7 @@ def _other_cases() -> Iterator[Case]:
         group = f"cross-entropy, forward and backward, {n:,} x {v:,}"
         yield Case("cross_entropy", f"forward and backward, {n:,} x {v:,}", work, group)
     for parameters, tensors in ((10_121_216, 76), (124_439_808, 148), (1_017_302_272, 292)):
-        shape = f"{parameters / 1e6:,.3g}M parameters in {tensors} tensors"
+        shape = f"{parameters / 1e6:,.0f}M parameters in {tensors} tensors"
         yield Case("adamw", f"{shape}, float32, with clipping", adamw(parameters), f"AdamW with clipping, {shape}")
     for b, v in ((1, 128256), (64, 128256)):
         yield Case("sampling", f"{b} x {v:,}, float32", sampling(b, v), f"sample, top_p 0.9, {b:,} x {v:,}")

@@ -143,7 +143,7 @@ def test_json_holds_the_same(capsys, tmp_path):
     roofline.main(["adamw", "--gpu", "B200", "--json", "--results", str(tmp_path)])
     rows = json.loads(capsys.readouterr().out)
     assert [row["op"] for row in rows] == ["adamw"] * 3
-    assert rows[0]["gpus"]["B200"] == {"floor": pytest.approx(3.2e8 / 8e12), "bound": "memory", "measured": None}
+    assert rows[0]["gpus"]["B200"] == {"floor": pytest.approx(32 * 10_121_216 / 8e12), "bound": "memory", "measured": None}
 
 
 def test_an_unknown_op_is_refused(capsys):
