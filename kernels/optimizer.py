@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ._dispatch import NAMESPACE, Implementation, choose, extension, only_on, register
+from ._dispatch import Implementation, choose, extension, only_on, register
 from .attention.reference import _multiply
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -244,9 +244,9 @@ def operators() -> Any:
     def fake_norm(grads: list[Tensor], grad_scale: Tensor | None, ticket: Tensor | None) -> Tensor:
         return grads[0].new_empty((), dtype=_norm_dtype(grads))
 
-    torch.library.register_fake(f"{NAMESPACE}::grad_norm", fake_norm)
-    torch.library.register_fake(f"{NAMESPACE}::adamw_", lambda *arguments: None)
-    return getattr(torch.ops, NAMESPACE)
+    torch.library.register_fake("wikigpt::grad_norm", fake_norm)
+    torch.library.register_fake("wikigpt::adamw_", lambda *arguments: None)
+    return torch.ops.wikigpt
 
 
 def _grad_norm_ext(grads: Sequence[Tensor], grad_scale: Tensor | None = None, ticket: Tensor | None = None) -> Tensor:
@@ -263,7 +263,7 @@ def _why_not_ext(device_type: str) -> str | None:
         return missing
     if device_type == "cuda" and module.build_info()["cuda"] is None:
         return "wikigpt._C was built without CUDA"
-    return None if hasattr(getattr(torch.ops, NAMESPACE), "adamw_") else "wikigpt._C is of an older version"
+    return None if hasattr(torch.ops.wikigpt, "adamw_") else "wikigpt._C is of an older version"
 
 
 def _on(device_type: str) -> Callable[[str], str | None]:
