@@ -192,7 +192,7 @@ template <int V>
 __device__ __forceinline__ void round_all(
     const float (&x)[V], __nv_bfloat16 (&out)[V], const Options& o, unsigned int step, unsigned int index, unsigned int stream,
     long long element) {
-  const Bits bits = random_bits(o.seed, step, index, stream, element / 8);
+  const Words bits = random_bits(o.seed, step, index, stream, element / 8);
 #pragma unroll
   for (int j = 0; j < V; ++j) {
     const int at = static_cast<int>((element + j) % 8);  // V divides 8: a constant of the loop where V is 8

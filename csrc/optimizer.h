@@ -12,11 +12,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define WIKIGPT_SHARED __host__ __device__ __forceinline__
-#else
-#define WIKIGPT_SHARED inline
-#endif
+#include "shared.h"
 
 namespace wikigpt {
 namespace optimizer {
@@ -106,24 +102,8 @@ enum Stream : uint32_t { kParam, kExpAvg, kExpAvgSq };
 
 // 128 bits for elements [8 block, 8 block + 8): element 8 block + j takes half j % 2 of word j / 2, low half first.
 // Philox4x32-7 (Salmon et al. 2011), key (seed, step), counter (block, parameter, stream).
-struct Bits {
-  uint32_t word[4];
-};
-
-WIKIGPT_SHARED uint32_t multiply_high(uint32_t a, uint32_t b) { return uint32_t((uint64_t(a) * b) >> 32); }
-
-WIKIGPT_SHARED Bits random_bits(uint32_t seed, uint32_t step, uint32_t index, uint32_t stream, int64_t block) {
-  uint32_t c0 = uint32_t(block), c1 = uint32_t(uint64_t(block) >> 32), c2 = index, c3 = stream, k0 = seed, k1 = step;
-#ifdef __CUDACC__
-#pragma unroll
-#endif
-  for (int round = 0; round < 7; ++round) {
-    const uint32_t high0 = multiply_high(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
-    const uint32_t high2 = multiply_high(0xCD9E8D57u, c2), low2 = 0xCD9E8D57u * c2;
-    c0 = high2 ^ c1 ^ k0, c1 = low2, c2 = high0 ^ c3 ^ k1, c3 = low0;
-    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-  }
-  return {{c0, c1, c2, c3}};
+WIKIGPT_SHARED Words random_bits(uint32_t seed, uint32_t step, uint32_t index, uint32_t stream, int64_t block) {
+  return philox<7>(uint32_t(block), uint32_t(uint64_t(block) >> 32), index, stream, seed, step);
 }
 
 // The 16 bits that bfloat16 drops decide, against 16 random ones, whether the rest goes up: right on average. NaN and

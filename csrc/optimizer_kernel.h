@@ -32,7 +32,7 @@ inline void narrow_stochastically(
     const float* in, BFloat16* out, int64_t n, uint32_t seed, uint32_t step, uint32_t index, uint32_t stream, int64_t first) {
   uint16_t random[kBlock];
   for (int64_t b = 0; b < (n + 7) / 8; ++b) {
-    const Bits bits = random_bits(seed, step, index, stream, first / 8 + b);
+    const Words bits = random_bits(seed, step, index, stream, first / 8 + b);
     for (int k = 0; k < 4; ++k) {
       random[8 * b + 2 * k] = static_cast<uint16_t>(bits.word[k]);
       random[8 * b + 2 * k + 1] = static_cast<uint16_t>(bits.word[k] >> 16);

@@ -13,11 +13,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __CUDACC__
-#define WIKIGPT_SHARED __host__ __device__ __forceinline__
-#else
-#define WIKIGPT_SHARED inline
-#endif
+#include "shared.h"
 
 namespace wikigpt {
 namespace sampling {
@@ -76,20 +72,12 @@ WIKIGPT_SHARED int weight_bits(int64_t vocabulary) {
   return bits < 60 ? bits : 60;
 }
 
-// Philox4x32-10 (Salmon et al. 2011), the first 64 bits for one key and counter.
-WIKIGPT_SHARED uint64_t philox(uint64_t seed, uint64_t offset, uint64_t row) {
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  uint32_t c0 = static_cast<uint32_t>(offset), c1 = static_cast<uint32_t>(offset >> 32);
-  uint32_t c2 = static_cast<uint32_t>(row), c3 = static_cast<uint32_t>(row >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t{0xD2511F53} * c0, p1 = uint64_t{0xCD9E8D57} * c2;
-    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-    c1 = static_cast<uint32_t>(p1);
-    c3 = static_cast<uint32_t>(p0);
-    k0 += 0x9E3779B9, k1 += 0xBB67AE85;
-  }
-  return uint64_t{c1} << 32 | c0;
+// The first 64 bits of Philox4x32-10, key seed, counter (offset, row).
+WIKIGPT_SHARED uint64_t random_bits(uint64_t seed, uint64_t offset, uint64_t row) {
+  const Words bits = philox<10>(
+      static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32), static_cast<uint32_t>(row),
+      static_cast<uint32_t>(row >> 32), static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  return uint64_t{bits.word[1]} << 32 | bits.word[0];
 }
 
 WIKIGPT_SHARED Row row_of(const Problem& p, int64_t i) {
@@ -113,7 +101,7 @@ WIKIGPT_SHARED Row row_of(const Problem& p, int64_t i) {
   }
   // A seed of its own makes a row's token independent of its place in the batch.
   const bool own_seed = p.seed.rows != nullptr && p.seed.stride != 0;
-  row.random = philox(
+  row.random = random_bits(
       static_cast<uint64_t>(p.seed.at(i)), static_cast<uint64_t>(p.offset.at(i)), own_seed ? 0 : static_cast<uint64_t>(i));
   return row;
 }

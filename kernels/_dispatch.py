@@ -189,3 +189,27 @@ def extension() -> tuple[Any, str | None]:
             )
         return None, f"wikigpt._C does not load ({str(error).splitlines()[0]})"
     return module, None
+
+
+def extension_lacks(device_type: str, operator: str) -> str | None:
+    """Why wikigpt._C has no operator of this name for this type of device, or None."""
+    module, missing = extension()
+    if module is None:
+        return missing
+    if not hasattr(torch.ops.wikigpt, operator):
+        return "wikigpt._C is of an older version (build csrc/ again)"
+    if device_type == "cuda" and module.build_info()["cuda"] is None:
+        return "wikigpt._C was built without CUDA"
+    return None
+
+
+def in_extension(device_type: str, operator: str) -> Callable[[str], str | None]:
+    """The `why_not` of an operator of wikigpt._C. Looked up once, because torch.compile cannot load a library."""
+    lacks, elsewhere = extension_lacks(device_type, operator), only_on(device_type)
+    return lambda wanted: elsewhere(wanted) or lacks
+
+
+def extension_fake(operator: str, fake: Callable[..., Any]) -> None:
+    """Registers the fake implementation of an operator of wikigpt._C, if it is there."""
+    if extension_lacks("cpu", operator) is None:
+        torch.library.register_fake(f"wikigpt::{operator}", fake)

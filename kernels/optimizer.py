@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ._dispatch import Implementation, choose, extension, only_on, register
-from .attention.reference import _multiply
+from ._dispatch import Implementation, choose, extension_fake, in_extension, only_on, register
+from ._philox import MASK, philox
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NARROW = (torch.bfloat16, torch.float16)
@@ -102,15 +102,8 @@ def random_bits(seed: int, step: int, index: int, stream: int, count: int, devic
     Key (seed, step), counter (i // 8, 0, index, stream): element i takes half i % 2 (low first) of word i % 8 // 2.
     """
     block = torch.arange((count + 7) // 8, device=device)
-    c0, c1 = block & 0xFFFFFFFF, block >> 32
-    c2, c3 = torch.full_like(block, index), torch.full_like(block, stream)
-    k0, k1 = seed & 0xFFFFFFFF, step & 0xFFFFFFFF
-    for _ in range(7):
-        high0, low0 = _multiply(0xD2511F53, c0)
-        high2, low2 = _multiply(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    words = torch.stack((c0, c1, c2, c3), dim=-1)
+    counter = (block & MASK, block >> 32, torch.full_like(block, index), torch.full_like(block, stream))
+    words = torch.stack(philox(7, counter, seed & MASK, step & MASK), dim=-1)
     return torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten()[:count]
 
 
@@ -236,51 +229,30 @@ def _store_stochastically(u: Update, lists: list[list[Tensor]]) -> None:
 # --- registered ops: csrc/optimizer.cpp -----------------------------------------------------------------------------
 
 
-@functools.cache
-def operators() -> Any:
-    """torch.ops.wikigpt with grad_norm and adamw_ and their fakes. Only where the extension is built."""
-    extension()
-
-    def fake_norm(grads: list[Tensor], grad_scale: Tensor | None, ticket: Tensor | None) -> Tensor:
-        return grads[0].new_empty((), dtype=_norm_dtype(grads))
-
-    torch.library.register_fake("wikigpt::grad_norm", fake_norm)
-    torch.library.register_fake("wikigpt::adamw_", lambda *arguments: None)
-    return torch.ops.wikigpt
+_OPERATORS = torch.ops.wikigpt  # of the extension, whatever the namespace of this package
+extension_fake("grad_norm", lambda grads, grad_scale, ticket: grads[0].new_empty((), dtype=_norm_dtype(grads)))
+extension_fake("adamw_", lambda *arguments: None)
 
 
 def _grad_norm_ext(grads: Sequence[Tensor], grad_scale: Tensor | None = None, ticket: Tensor | None = None) -> Tensor:
-    return operators().grad_norm(grads, grad_scale, ticket)
+    return _OPERATORS.grad_norm(grads, grad_scale, ticket)
 
 
 def _adamw_ext(u: Update) -> None:
-    operators().adamw_(*u)
-
-
-def _why_not_ext(device_type: str) -> str | None:
-    module, missing = extension()
-    if module is None:
-        return missing
-    if device_type == "cuda" and module.build_info()["cuda"] is None:
-        return "wikigpt._C was built without CUDA"
-    return None if hasattr(torch.ops.wikigpt, "adamw_") else "wikigpt._C is of an older version"
-
-
-def _on(device_type: str) -> Callable[[str], str | None]:
-    return lambda wanted: only_on(device_type)(wanted) or _why_not_ext(wanted)
+    _OPERATORS.adamw_(*u)
 
 
 register(
     "grad_norm",
-    Implementation("cuda", _grad_norm_ext, _on("cuda")),
-    Implementation("cpu", _grad_norm_ext, _on("cpu")),
+    Implementation("cuda", _grad_norm_ext, in_extension("cuda", "grad_norm")),
+    Implementation("cpu", _grad_norm_ext, in_extension("cpu", "grad_norm")),
     Implementation("torch", _grad_norm_torch),
     Implementation("reference", grad_norm_reference),
 )
 register(
     "adamw",
-    Implementation("cuda", _adamw_ext, _on("cuda")),
-    Implementation("cpu", _adamw_ext, _on("cpu")),
+    Implementation("cuda", _adamw_ext, in_extension("cuda", "adamw_")),
+    Implementation("cpu", _adamw_ext, in_extension("cpu", "adamw_")),
     Implementation("torch", _adamw_torch, only_on("cpu", "cuda", "mps")),
     Implementation("reference", adamw_reference),
 )

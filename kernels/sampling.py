@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._dispatch import Implementation, checks_values, choose, extension, only_on, register
+from ._dispatch import Implementation, checks_values, choose, extension_fake, in_extension, register
+from ._philox import MASK, philox
 
 
 class Parameters(NamedTuple):
@@ -64,8 +65,7 @@ def _new_seed(generator: torch.Generator | None, device: torch.device) -> Tensor
 
 
 def uniform(p: Parameters, rows: int, device: torch.device) -> Tensor:
-    """u (B, 1) in [0, 1), as `philox` in csrc/sampling.h."""
-    low = 0xFFFFFFFF
+    """u (B, 1) in [0, 1), as `random_bits` in csrc/sampling.h."""
 
     def counter(value: Tensor | int) -> Tensor:
         return torch.as_tensor(value, dtype=torch.int64, device=device).expand(rows)
@@ -74,12 +74,8 @@ def uniform(p: Parameters, rows: int, device: torch.device) -> Tensor:
     own_seeds = isinstance(seed, Tensor) and seed.numel() > 1
     row = torch.zeros(rows, dtype=torch.int64, device=device) if own_seeds else torch.arange(rows, device=device)
     key, offset = counter(seed), counter(p.offset)
-    k0, k1 = key & low, key >> 32 & low
-    c0, c1, c2, c3 = offset & low, offset >> 32 & low, row & low, row >> 32
-    for _ in range(10):
-        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # their 64 bits, whatever the sign
-        c0, c1, c2, c3 = (p1 >> 32 & low) ^ c1 ^ k0, p1 & low, (p0 >> 32 & low) ^ c3 ^ k1, p0 & low
-        k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
+    counters = (offset & MASK, offset >> 32 & MASK, row & MASK, row >> 32)
+    c0, c1, _, _ = philox(10, counters, key & MASK, key >> 32 & MASK)
     return ((c1 << 21 | c0 >> 11).to(_wide(device)) * 2.0**-53)[:, None]
 
 
@@ -177,22 +173,7 @@ def _sample_torch(logits: Tensor, p: Parameters) -> Tensor:
 # --- registered op: csrc/sampling.cpp -------------------------------------------------------------------------------
 
 
-def _load() -> dict[str, str | None]:
-    """Registers the fake implementation of wikigpt::sample_rows; per type of device, why it is missing."""
-    module, missing = extension()
-    if module is None:
-        return {"cpu": missing, "cuda": missing}
-    if not hasattr(torch.ops.wikigpt, "sample_rows"):
-        return dict.fromkeys(("cpu", "cuda"), "wikigpt._C is of an older version (build csrc/ again)")
-    torch.library.register_fake(
-        "wikigpt::sample_rows", lambda logits, *parameters: logits.new_empty(logits.shape[:1], dtype=torch.int64)
-    )
-    no_cuda = None if module.build_info()["cuda"] is not None else "wikigpt._C was built without CUDA"
-    return {"cpu": None, "cuda": no_cuda}
-
-
-# At import, because torch.compile can read it but not load a library.
-_MISSING = _load()
+extension_fake("sample_rows", lambda logits, *parameters: logits.new_empty(logits.shape[:1], dtype=torch.int64))
 
 
 def _either(value: Tensor | float | int) -> tuple[Tensor | None, float | int]:
@@ -213,14 +194,10 @@ def _sample_rows(logits: Tensor, p: Parameters, lanes: int = 0) -> Tensor:
     )  # fmt: skip
 
 
-def _on(device_type: str) -> Callable[[str], str | None]:
-    return lambda wanted: only_on(device_type)(wanted) or _MISSING[device_type]
-
-
 register(
     "sample",
-    Implementation("cuda", _sample_rows, _on("cuda")),
-    Implementation("cpu", _sample_rows, _on("cpu")),
+    Implementation("cuda", _sample_rows, in_extension("cuda", "sample_rows")),
+    Implementation("cpu", _sample_rows, in_extension("cpu", "sample_rows")),
     Implementation("torch", _sample_torch),
     Implementation("reference", sample_reference),
 )

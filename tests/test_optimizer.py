@@ -636,7 +636,7 @@ def test_registered_operators_keep_their_promises(own):
     tests = ("test_schema", "test_faketensor")
     params, grads = (torch.randn(33, 7, device=own) for _ in range(2))
     zeros = [torch.zeros(33, 7, device=own) for _ in range(2)]
-    ops = optimizer.operators()
+    ops = torch.ops.wikigpt
     torch.library.opcheck(ops.grad_norm.default, ([grads, grads.bfloat16()], None, ticket), test_utils=tests)
     update = optimizer.Update(
         [params], [grads], [zeros[0]], [zeros[1]], [], [], [], [torch.zeros((), device=own)], [], None, None, None, ticket,
@@ -955,7 +955,7 @@ def test_a_direct_call_of_the_operator_stays_inside_its_memory(own):
     hyper = [1e-3, 0.9, 0.999, 1e-8, 0.01, 0.0]
 
     def call(*, param=one, grad=one, m=one, v=one, step=step, hyper=hyper, counts=(1,)):
-        call = optimizer.operators().adamw_
+        call = torch.ops.wikigpt.adamw_
         rest = [[], [], [], [step], [], None, None, None, ticket, hyper, list(counts), [0], 1.0, 0.0, True, False, False, 0]
         call([param], [grad], [m], [v], *rest)
 

@@ -11,12 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 from wikigpt.kernels import debug_checks, sample, top_k_top_p_sampling_from_logits
-from wikigpt.kernels.sampling import _MISSING, Parameters, _sample_rows, uniform
+from wikigpt.kernels._dispatch import extension_lacks
+from wikigpt.kernels.sampling import Parameters, _sample_rows, uniform
 
 from tests.conftest import ROOT
 
-built = pytest.mark.skipif(_MISSING["cpu"] is not None, reason=str(_MISSING["cpu"]))
-gpu_built = pytest.mark.skipif(_MISSING["cuda"] is not None, reason=str(_MISSING["cuda"]))
+built, gpu_built = (
+    pytest.mark.skipif(extension_lacks(device, "sample_rows") is not None, reason=str(extension_lacks(device, "sample_rows")))
+    for device in ("cpu", "cuda")
+)
 BACKENDS = [pytest.param("cpu", marks=built), "torch", "reference"]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 

@@ -23,6 +23,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .._philox import MASK, philox
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -71,14 +73,6 @@ class Inputs:
         return self.q.shape[1], self.q.shape[0]
 
 
-_M32 = 0xFFFFFFFF
-
-
-def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """(high, low) 32 bits of the product of unsigned 32-bit numbers kept in int64."""
-    return (a * (b >> 16) + (a * (b & 0xFFFF) >> 16)) >> 16, a * b & _M32
-
-
 def keep_mask(
     seed: Tensor,
     dropout_p: float,
@@ -101,14 +95,9 @@ def keep_mask(
     c0 = (torch.arange(shape[2], device=device) + first_key // 4).expand(shape)
     c1 = (torch.arange(s, device=device) + first_row)[:, None].expand(shape)
     c2 = (torch.arange(shape[0], device=device) + first_batch * heads)[:, None, None].expand(shape)
-    c3 = (seed[1] & _M32).expand(shape)
-    k0, k1 = seed[0] & _M32, (seed[0] >> 32) & _M32
-    for _ in range(7):
-        high0, low0 = _multiply(0xD2511F53, c0)
-        high2, low2 = _multiply(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & _M32, (k1 + 0xBB67AE85) & _M32
-    words = torch.stack((c0, c1, c2, c3), dim=-1).flatten(-2)[..., :t]
+    c3 = (seed[1] & MASK).expand(shape)
+    k0, k1 = seed[0] & MASK, (seed[0] >> 32) & MASK
+    words = torch.stack(philox(7, (c0, c1, c2, c3), k0, k1), dim=-1).flatten(-2)[..., :t]
     return (words >> 8 >= int(dropout_p * 2**24)).view(batch, heads, s, t)
 
 
