@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention.config import device_of
+from ._launch import cdiv, device_of, next_power_of_2
 from .attention.tile import kept_by_dropout
 
 
@@ -184,10 +184,10 @@ WARPS = 4
 def blocks(rows: int, features: int, elements: int, widest: int) -> tuple[int, int]:
     """(BLOCK_M, BLOCK_N) of so many elements: the widest tile, up to `widest`, of those that waste the fewest columns."""
     if rows == 1 or features <= 128:
-        block_n = min(max(triton.next_power_of_2(features), 16), elements)
+        block_n = min(max(next_power_of_2(features), 16), elements)
     else:
         block_n = min((128 << k for k in range((widest // 128).bit_length())), key=lambda n: (-(-features // n) * n, -n))
-    return min(elements // block_n, triton.next_power_of_2(rows)), block_n
+    return min(elements // block_n, next_power_of_2(rows)), block_n
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -241,7 +241,7 @@ def forward(
     block_m, block_n = blocks(rows, features, BYTES // y.element_size(), 1024)
     threshold, keep_scale = _drop(dropout_p)
     with device_of(gate):
-        _forward[(triton.cdiv(rows, block_m) * triton.cdiv(features, block_n),)](
+        _forward[(cdiv(rows, block_m) * cdiv(features, block_n),)](
             x, u, _dense(gate_bias), _dense(up_bias), seed, y, x.stride(0) // vector, 0 if u is None else u.stride(0) // vector,
             y.stride(0) // vector, rows, features // vector, threshold, keep_scale, ACTIVATION=activation, VECTOR=vector,
             BLOCK_M=block_m, BLOCK_N=block_n, num_warps=WARPS,
@@ -283,11 +283,11 @@ def backward(
     # Sums and random words together are too many registers for the whole tile.
     size = BYTES // 2 if sums and seed is not None else BYTES
     block_m, block_n = blocks(rows, features, size // g.element_size(), 256 if sums else 1024)
-    columns, per_program = triton.cdiv(features, block_n), block_m
+    columns, per_program = cdiv(features, block_n), block_m
     if sums:  # long strips, since each writes as many partial sums as a row of 4-byte numbers
-        strips = triton.cdiv(PROGRAMS, columns)
-        per_program = max(triton.cdiv(triton.cdiv(rows, strips), block_m), triton.cdiv(32, block_m)) * block_m
-    strips = triton.cdiv(rows, per_program)
+        strips = cdiv(PROGRAMS, columns)
+        per_program = max(cdiv(cdiv(rows, strips), block_m), cdiv(32, block_m)) * block_m
+    strips = cdiv(rows, per_program)
     partial = [
         None if bias is None else torch.empty(strips, features, dtype=torch.float32, device=gate.device) for bias in wanted
     ]

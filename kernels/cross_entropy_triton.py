@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention.config import device_of
+from ._launch import cdiv, device_of, next_power_of_2
 from .attention.tile import _tanh
 
 
@@ -233,7 +233,7 @@ def block(width: int, plain: bool = True) -> tuple[int, int, int]:
     if triton.knobs.runtime.interpret:
         return 32, 128, 1
     most, each = (4096, 16) if plain else (2048, 8)
-    block_n = min(max(triton.next_power_of_2(width), FLAG_TILE), most)
+    block_n = min(max(next_power_of_2(width), FLAG_TILE), most)
     block_m = max(2048 // block_n, 1)
     return block_m, block_n, block_m * block_n // (32 * each)
 
@@ -261,7 +261,7 @@ class Rows:
 
 
 def _row_end(width: int, padded: bool) -> int:
-    return triton.cdiv(width, 16) * 16 if padded else width
+    return cdiv(width, 16) * 16 if padded else width
 
 
 def forward(z: Tensor, target: Tensor, rows: Rows, first: int, vocabulary: int, x: Options, padded: bool = False) -> None:
@@ -273,7 +273,7 @@ def forward(z: Tensor, target: Tensor, rows: Rows, first: int, vocabulary: int, 
     plain = x.class_weight is None and x.softcap == 0 and rows.index is None
     block_m, block_n, num_warps = block(width, plain)
     with device_of(z):
-        _forward[(triton.cdiv(n, block_m),)](
+        _forward[(cdiv(n, block_m),)](
             z, x.class_weight, x.weight_sum, target, rows.state, rows.index, rows.loss, rows.lse, rows.target_logits,
             rows.correct.view(torch.int8), z.stride(0), first, width, _row_end(width, padded), n, vocabulary, x.ignore_index,
             x.label_smoothing, x.softcap or 1.0, x.z_loss, SMOOTHING=x.label_smoothing > 0, SOFTCAP=x.softcap > 0,
@@ -300,7 +300,7 @@ def gradient(
         return
     block_m, block_n, num_warps = block(width)
     with device_of(z):
-        _gradient[(triton.cdiv(n, block_m), triton.cdiv(width, block_n))](
+        _gradient[(cdiv(n, block_m), cdiv(width, block_n))](
             z, out, x.class_weight, x.weight_sum, target, lse, row_grad, flags, z.stride(0), out.stride(0),
             row_grad.stride(0), 0 if flags is None else flags.stride(0), first, width, _row_end(width, padded), n, vocabulary,
             x.ignore_index, x.label_smoothing, x.softcap or 1.0, x.z_loss, resolution(out.dtype),

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention.config import device_of, precision
+from ._launch import cdiv, device_of
+from .attention.config import precision
 from .cross_entropy_triton import FLAG_TILE, Options, Rows, forward, gradient
 from .linear_cross_entropy import buffers, vocabulary_chunks
 
@@ -92,7 +93,7 @@ def _filtered(a: Tensor, b: Tensor, out: Tensor, flags: Tensor, flag_m: int, fla
     (m_end, k_end), n_end = a.shape, b.shape[1]
     block_m, block_n, block_k, num_warps, num_stages = (64, 32, 64, 8, 2) if a.dtype == torch.float32 else (128, 128, 64, 8, 3)
     with device_of(a):
-        _filtered_product[(triton.cdiv(m_end, block_m), triton.cdiv(n_end, block_n))](
+        _filtered_product[(cdiv(m_end, block_m), cdiv(n_end, block_n))](
             a, b, out, flags, a.stride(0), a.stride(1), b.stride(0), out.stride(0), flags.stride(0), flags.stride(1), m_end,
             n_end, k_end, int(accumulate), FLAG_M=flag_m, FLAG_K=flag_k, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             PRECISION=precision(a.dtype), num_warps=num_warps, num_stages=num_stages,
@@ -142,7 +143,7 @@ def gradients(
     chunks = list(vocabulary_chunks(n, vocabulary, input.element_size()))
     d_input = input.new_empty(input.shape if needs[0] else 0, dtype=torch.float32 if len(chunks) > 1 else input.dtype)
     buffer = buffers(input, vocabulary, False)[0]
-    flags = input.new_empty(n, triton.cdiv(buffer.shape[1], FLAG_TILE), dtype=torch.int8) if filtering else None
+    flags = input.new_empty(n, cdiv(buffer.shape[1], FLAG_TILE), dtype=torch.int8) if filtering else None
     for i, first, width in chunks:
         w = linear_weight[first : first + width].to(input.dtype)
         z = dz = buffer[:, :width]

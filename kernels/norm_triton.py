@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention.config import architecture, device_of, multiprocessors
+from ._launch import architecture, cdiv, device_of, multiprocessors, next_power_of_2
 from .attention.tile import kept_by_dropout
 
 
@@ -370,7 +370,7 @@ _BACKWARD_MEANS = Blocks(1, 4096, 8, 2)
 
 
 def _padded(n: int) -> int:
-    return max(16, triton.next_power_of_2(n))
+    return max(16, next_power_of_2(n))
 
 
 def _stages(bytes_in_flight: int, kib: int) -> int:
@@ -473,7 +473,7 @@ def forward(
     numbers = (eps, *_chance(dropout_p))
     with device_of(x):
         if blocks.block_n >= n:
-            _forward[(triton.cdiv(rows, blocks.block_m),)](
+            _forward[(cdiv(rows, blocks.block_m),)](
                 *arguments, rows, *numbers, N=n, RMS=rms, UNIT_OFFSET=unit_offset, BLOCK_M=blocks.block_m,
                 BLOCK_N=blocks.block_n, num_warps=blocks.num_warps,
             )  # fmt: skip
@@ -530,7 +530,7 @@ def backward(
                 UNIT_OFFSET=unit_offset, BLOCK_N=_BACKWARD_MEANS.block_n, STAGES=_BACKWARD_MEANS.num_stages,
                 num_warps=_BACKWARD_MEANS.num_warps,
             )  # fmt: skip
-        tiles, parts = triton.cdiv(rows, blocks.block_m), triton.cdiv(n, blocks.block_n)
+        tiles, parts = cdiv(rows, blocks.block_m), cdiv(n, blocks.block_n)
         programs = _programs(tiles, parts, blocks, h.device)
         # One program's sums are the gradients.
         sums = [
@@ -544,9 +544,9 @@ def backward(
         )  # fmt: skip
         needed = (dweight is not None) + (dbias is not None)
         if programs > 1 and needed:
-            block_p = triton.next_power_of_2(programs)
+            block_p = next_power_of_2(programs)
             block_n = min(512, max(16, 8192 // block_p))
-            _add_partials[(triton.cdiv(n, block_n), needed)](
+            _add_partials[(cdiv(n, block_n), needed)](
                 *sums, dweight, dbias, programs, N=n, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=8
             )
     return dx, dresidual, dweight, dbias
@@ -556,4 +556,4 @@ def _programs(tiles: int, parts: int, blocks: Blocks, device: torch.device) -> i
     """How many programs share the rows: as many as run at a time, each with at least four tiles, because what each leaves
     has to be written and added."""
     resident = max(1, blocks.programs * multiprocessors(device) // parts)
-    return max(1, min(resident, triton.cdiv(tiles, 4)))
+    return max(1, min(resident, cdiv(tiles, 4)))

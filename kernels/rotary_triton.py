@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention.config import device_of
+from ._launch import cdiv, device_of, next_power_of_2
 
 
 @triton.jit
@@ -159,15 +159,15 @@ HEADS = 8
 
 def blocks(x: Tensor, half: int) -> tuple[int, int, int]:
     """(BLOCK_S, BLOCK_R, warps)."""
-    block_r = triton.next_power_of_2(half)
+    block_r = next_power_of_2(half)
     block_s = max(BYTES // (2 * block_r * x.element_size()), 1)
-    block_s = min(block_s, triton.next_power_of_2(x.shape[2]))
+    block_s = min(block_s, next_power_of_2(x.shape[2]))
     return block_s, block_r, min(max(2 * block_s * block_r * x.element_size() // 1024, 1), 4)
 
 
 def _heads_per_program(position_tiles: int, heads: int) -> int:
-    n = min(HEADS, triton.next_power_of_2(heads))
-    while n > 1 and position_tiles * triton.cdiv(heads, n) < PROGRAMS:
+    n = min(HEADS, next_power_of_2(heads))
+    while n > 1 and position_tiles * cdiv(heads, n) < PROGRAMS:
         n //= 2
     return n
 
@@ -217,13 +217,13 @@ def rotate(
     if positions is not None:
         positions = positions.contiguous()
     block_s, block_r, warps = blocks(q, half)
-    tiles = batch * triton.cdiv(length, block_s)
+    tiles = batch * cdiv(length, block_s)
     per_program = _heads_per_program(tiles, max(heads))
     strides = [tuple(stride // vector for stride in tensor.stride()[:3]) for tensor in (*xs, *ys)]
     if k is None:
         strides = [strides[0], (0, 0, 0), strides[1], (0, 0, 0)]
     with device_of(q):
-        _rotary[(tiles, sum(triton.cdiv(n, per_program) for n in heads))](
+        _rotary[(tiles, sum(cdiv(n, per_program) for n in heads))](
             xs[0], xs[1] if k is not None else None, ys[0], ys[1] if k is not None else None, cos, sin, positions,
             *(stride for three in strides for stride in three), stride_cos_b // cos_vector, cos.stride(-2) // cos_vector,
             length if positions is not None and positions.dim() == 2 else 0, length, cos.shape[-2], heads[0],

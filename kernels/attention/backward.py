@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._launch import cdiv, device_of
 from . import config
 from .forward import block_lists, broadcast, constants, contiguous_rows, lse_strides, numbers, slope_stride, strides, strides4
 from .reference import Inputs
@@ -555,9 +556,9 @@ def backward(
     bias, mask = broadcast(x.bias, x), broadcast(x.mask, x)
     varlen = x.cu_seqlens_q is not None
     rows = config.rows(x)
-    with config.device_of(q):
+    with device_of(q):
         row = rows.dq
-        n_tiles = triton.cdiv(n_q, row.block_m)
+        n_tiles = cdiv(n_q, row.block_m)
         n_work = n_tiles * x.batch * heads
         index, count, *index_strides = block_lists(x, mask, row.block_m, row.block_n, False)
         tma = row.tma and config.describable(x, k, v)
@@ -571,7 +572,7 @@ def backward(
             BLOCK_N=row.block_n, VARLEN=varlen, TMA=tma, num_warps=row.num_warps, num_stages=row.num_stages, **constants(x),
         )  # fmt: skip
         row = rows.dkdv
-        n_tiles = triton.cdiv(n_k, row.block_n)
+        n_tiles = cdiv(n_k, row.block_n)
         n_work = n_tiles * x.batch * groups
         index, count, *index_strides = block_lists(x, mask, row.block_n, row.block_m, True)
         tma = row.tma and config.describable(x, q, grad_out)
@@ -588,7 +589,7 @@ def backward(
             row = rows.dq
             full = dbias[(None,) * (4 - dbias.dim())]
             one = [size == 1 for size in full.shape]
-            n_q_tiles, n_k_tiles = triton.cdiv(n_q, row.block_m), triton.cdiv(n_k, row.block_n)
+            n_q_tiles, n_k_tiles = cdiv(n_q, row.block_m), cdiv(n_k, row.block_n)
             grid = (1 if one[3] else n_k_tiles, 1 if one[2] else n_q_tiles, full.shape[0] * full.shape[1])
             _dbias[grid](
                 q, k, v, grad_out, lse, delta, full, bias, mask, x.alibi_slopes, x.seqused_k, x.seed, *strides(q), *strides(k),

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .._launch import architecture, multiprocessors, next_power_of_2
 from .reference import Inputs
 
 
@@ -75,15 +75,7 @@ _INTERPRETER = Rows(Row(32, 16, 1, 1), Row(16, 32, 1, 1), Row(32, 16, 1, 1))
 
 def padded(head_dim: int) -> int:
     """tl.dot wants powers of two, 16 at least."""
-    return max(16, triton.next_power_of_2(head_dim))
-
-
-def architecture(device: torch.device) -> int:
-    """10 * major + minor of the GPU; 0 for the interpreter."""
-    if triton.knobs.runtime.interpret:
-        return 0
-    target = triton.runtime.driver.active.get_current_target().arch
-    return int(target) if isinstance(target, int) else 80
+    return max(16, next_power_of_2(head_dim))
 
 
 _forced: Rows | None = None
@@ -124,11 +116,6 @@ def grid(n_work: int, row: Row, device: torch.device) -> int:
     return min(n_work, multiprocessors(device)) if row.persistent else n_work
 
 
-def multiprocessors(device: torch.device) -> int:
-    """Of the GPU; the interpreter counts as an H100."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
 def section(k: Tensor, v: Tensor, heads: int, group: int, n_k: int) -> int:
     """How many query heads work at the same time, so that their keys and values stay in the L2 cache (about 32 MiB)."""
     per_group = max(n_k * (k.shape[-1] + v.shape[-1]) * k.element_size(), 1)
@@ -150,8 +137,3 @@ def describable(x: Inputs, *tensors: Tensor) -> bool:
             t.data_ptr() % 16 == 0 and all(stride * t.element_size() % 16 == 0 for stride in t.stride()[:-1]) for t in tensors
         )
     )
-
-
-def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """The tensor's GPU as the current one: Triton launches there."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import architecture, device_of, multiprocessors, padded
+from .._launch import architecture, cdiv, device_of, multiprocessors, next_power_of_2
+from .config import padded
 from .forward import contiguous_rows, exponent_factor
 from .kvcache import MAX_SPLITS, CacheInputs
 from .tile import _tanh
@@ -474,8 +475,8 @@ def _launch_append(x: CacheInputs) -> Tensor:
     k, v, table = contiguous_rows(x.k), contiguous_rows(x.v), None if x.block_table is None else contiguous_rows(x.block_table)
     cos, sin = (None if tensor is None else tensor.contiguous() for tensor in (x.rotary_cos, x.rotary_sin))
     turned = torch.empty_like(q, memory_format=torch.contiguous_format) if turns else None
-    block_s = min(16, triton.next_power_of_2(longest))
-    n_blocks = triton.cdiv(longest, block_s)
+    block_s = min(16, next_power_of_2(longest))
+    n_blocks = cdiv(longest, block_s)
     _append[(batch * n_blocks, 2 * groups + (heads if turns else 0))](
         q, k, v, turned, x.k_cache, x.v_cache, cos, sin, x.cache_seqlens, x.cache_batch_idx, table,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *x.k_cache.stride()[:3], *x.v_cache.stride()[:3],
@@ -493,14 +494,14 @@ def _launch_decode(x: CacheInputs, q: Tensor, out: Tensor, lse: Tensor) -> None:
     table = None if x.block_table is None else contiguous_rows(x.block_table)
     n_rows = heads // groups * n_q
     blocks = config(architecture(q.device), max(dim, dim_v), q.dtype, n_rows, table is not None)
-    n_tiles = triton.cdiv(n_rows, blocks["BLOCK_M"])
+    n_tiles = cdiv(n_rows, blocks["BLOCK_M"])
     programs = batch * groups * n_tiles
     # The most keys a tile can see, as far as is known without asking the device.
     n_keys = x.capacity if x.cache_seqlens is not None else x.start + x.n_new
     if x.window_left >= 0:
         n_keys = min(n_keys, x.window_left + (n_q if x.window_right < 0 else x.window_right + blocks["BLOCK_M"]))
     slots = 2 * multiprocessors(q.device)
-    splits = x.num_splits or splits_for(programs, triton.cdiv(n_keys, blocks["BLOCK_N"]), slots)
+    splits = x.num_splits or splits_for(programs, cdiv(n_keys, blocks["BLOCK_N"]), slots)
     part, part_lse = out, lse
     if splits > 1:
         part = torch.empty((splits, *out.shape), dtype=torch.float32, device=q.device)

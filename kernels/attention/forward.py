@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._launch import cdiv, device_of
 from . import config
 from .reference import Inputs
 from .tile import block_list, kept_by_dropout, load_tile, modified_scores, nth_masked, seen, sequence, tile_range, work_item
@@ -282,7 +283,7 @@ def block_lists(
         s, t, left, right, stride_r, stride_c = t, s, right, left, stride_c, stride_r
     batch = x.batch if stride_b or x.seqused_k is not None else 1
     heads = mask.shape[1] if stride_h else 1
-    n_rows, n_columns = triton.cdiv(s, rows), triton.cdiv(t, columns)
+    n_rows, n_columns = cdiv(s, rows), cdiv(t, columns)
     index = torch.empty(batch * heads * n_rows, max(n_columns, 1), dtype=torch.int32, device=mask.device)
     count = torch.empty(batch * heads * n_rows, 2, dtype=torch.int32, device=mask.device)
     block_list[(n_rows, batch * heads)](
@@ -301,13 +302,13 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor]:
         return out, lse
     (n_q, n_k), heads, group = x.lengths, q.shape[-2], q.shape[-2] // k.shape[-2]
     row = config.forward(x)
-    n_tiles, n_heads = triton.cdiv(n_q, row.block_m), x.batch * heads
+    n_tiles, n_heads = cdiv(n_q, row.block_m), x.batch * heads
     n_work = n_tiles * n_heads
     bias, mask = broadcast(x.bias, x), broadcast(x.mask, x)
     index, count, stride_index_b, stride_index_h, index_end = block_lists(x, mask, row.block_m, row.block_n, False)
     tma = row.tma and config.describable(x, k, v)
     keys, values = (config.descriptor(tensor, row.block_n) if tma else tensor for tensor in (k, v))
-    with config.device_of(q):
+    with device_of(q):
         _forward[(config.grid(n_work, row, q.device),)](
             q, keys, values, out, lse, bias, mask, x.alibi_slopes, x.s_aux, x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_k,
             x.seed, index, count, *strides(q), *strides(k), *strides(v), *strides(out), *lse_strides(lse), *strides4(bias),

@@ -1,0 +1,55 @@
+"""What every launch of a Triton kernel needs to know on the host: sizes, and the GPU that the tensors are on.
+
+`triton.cdiv` and `triton.next_power_of_2` take 2.4 us each on the host, and the driver takes longer to name the architecture:
+so plain Python computes the former, and the latter is asked once a device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+GRID_YZ = 65_535  # CUDA's limit on the second and the third dimension of a grid
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def architecture(device: torch.device) -> int:
+    """10 * major + minor of the GPU; 0 for the interpreter. A device that is no GPU gets what Triton compiles for."""
+    if triton.knobs.runtime.interpret:
+        return 0
+    if device.type == "cuda":
+        return _capability(device)
+    target = triton.runtime.driver.active.get_current_target().arch
+    return int(target) if isinstance(target, int) else 80
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; the interpreter counts as an H100."""
+    return _multiprocessors(device) if device.type == "cuda" else 132
+
+
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """The tensor's GPU as the current one: Triton launches there."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
