@@ -21,13 +21,14 @@ def _widen_bfloat16(data: np.ndarray) -> np.ndarray:
 def repair() -> None:
     """Patch the interpreter of triton 3.6 and 3.7: it truncates float32 to bfloat16 where a GPU rounds to the nearest, and
     multiplies the bit patterns of bfloat16 matrices as integers. At each call of a function inside a kernel it goes through
-    all of triton.language to replace what it replaced when the kernel began, which is a third of the time."""
+    all of triton.language to replace what it replaced when the kernel began, which is a third of the time. 3.6 takes a scalar,
+    an array of one number, as an index in a way that numpy 2.4 refuses."""
     import triton.language as tl
     from triton.runtime import interpreter
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
-    launch, patch_language = GridExecutor.__call__, interpreter._patch_lang
+    launch, patch_language, patch_tensor = GridExecutor.__call__, interpreter._patch_lang, interpreter._patch_lang_tensor
     patched: set[int] = set()  # the modules whose functions this launch has called
 
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
@@ -52,7 +53,12 @@ def repair() -> None:
             patched.add(module)
             return patch_language(fn)
 
+    def patch_tensor_with_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
     GridExecutor.__call__ = launch_afresh
     interpreter._patch_lang = patch_language_once
+    interpreter._patch_lang_tensor = patch_tensor_with_index
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
