@@ -150,8 +150,7 @@ def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
         raise NotImplementedError(f"{op} has no forward-mode derivative (use backend='reference')")
 
 
-@functools.cache
-def triton_missing() -> str | None:
+def _triton_missing() -> str | None:
     """The reason why Triton cannot be used, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
@@ -161,18 +160,17 @@ def triton_missing() -> str | None:
     return None
 
 
+# Looked up once, because torch.compile of torch 2.11 goes through a cached function and cannot trace what is inside this one.
+_TRITON_MISSING = _triton_missing()
+
+
 def why_not_triton(device_type: str) -> str | None:
     """The `why_not` of a Triton kernel."""
     if device_type == "cpu" and not interpreting():
         return "runs on cuda, not on cpu (TRITON_INTERPRET=1 interprets kernels there)"
     if device_type not in ("cpu", "cuda"):
         return f"runs on cuda, not on {device_type}"
-    reason = triton_missing()
-    if reason is None and device_type == "cpu":
-        from ._interpreter import repair
-
-        repair()
-    return reason
+    return _TRITON_MISSING
 
 
 @functools.cache

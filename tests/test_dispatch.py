@@ -50,6 +50,18 @@ def test_the_first_available_implementation_is_chosen():
     assert _dispatch.choose("linear_cross_entropy", "mps").__name__ == "linear_cross_entropy_reference"
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_a_compiled_function_can_choose_without_a_graph_break(device):
+    def reasons(x):
+        for op in kernels.ops():
+            for _, why_not in kernels.explain(op, device):
+                x = x + (why_not is None)
+        return x
+
+    expected = sum(why_not is None for op in kernels.ops() for _, why_not in kernels.explain(op, device))
+    assert torch.compile(reasons, fullgraph=True, backend="eager")(torch.zeros(())) == expected
+
+
 def test_a_backend_block_forces_one_implementation_and_ends_with_the_block():
     x = torch.randn(3, 8, dtype=torch.bfloat16)
     with kernels.backend("reference"):
