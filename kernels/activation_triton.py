@@ -52,13 +52,26 @@ def _activate(x, ACTIVATION: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _tile(pid, n_columns, BLOCK_N: tl.constexpr):
+def _tile(pid, n_tiles, BLOCK_N: tl.constexpr):
     """(row tile, first column) of a program. 64 bits: one row may be a whole tensor, and rows times stride overflow 32."""
-    n_tiles = tl.cdiv(n_columns, BLOCK_N)
     return (pid // n_tiles).to(tl.int64), (pid % n_tiles).to(tl.int64) * BLOCK_N
 
 
 @triton.jit
+def _rows_at(X, i, j0, stride, VECTOR: tl.constexpr):
+    """Pointers to column j0 of rows i. Strides and columns come in units of VECTOR elements, so that the compiler knows how far
+    rows are aligned; in elements a stride may pass 2^31."""
+    return X + j0 + i * (stride.to(tl.int64) * VECTOR)
+
+
+# Triton would compile a kernel anew where one of these is 1 or a multiple of 16. VECTOR says all that it gains from that.
+_NUMBERS = [
+    *("n_rows", "n_vectors", "n_tiles", "rows_per_program", "threshold"),
+    *("stride_gate", "stride_up", "stride_out", "stride_grad_out", "stride_grad_gate", "stride_grad_up"),
+]
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def _forward(
     Gate,
     Up,
@@ -71,6 +84,7 @@ def _forward(
     stride_out,
     n_rows,
     n_vectors,
+    n_tiles,
     threshold,
     keep_scale,
     ACTIVATION: tl.constexpr,
@@ -78,18 +92,17 @@ def _forward(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # Strides and columns come in units of VECTOR elements, so that the compiler knows how far rows are aligned.
-    tile, j0 = _tile(tl.program_id(0), n_vectors * VECTOR, BLOCK_N)
+    tile, j0 = _tile(tl.program_id(0), n_tiles, BLOCK_N)
     i = tile * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     j = tl.arange(0, BLOCK_N)[None, :]
     inside_j = j < (n_vectors - j0 // VECTOR) * VECTOR
     inside = (i < n_rows) & inside_j
-    x = tl.load(Gate + j0 + i * (stride_gate * VECTOR) + j, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(_rows_at(Gate, i, j0, stride_gate, VECTOR) + j, mask=inside, other=0.0).to(tl.float32)
     if GateBias is not None:
         x += tl.load(GateBias + j0 + j, mask=inside_j, other=0.0).to(tl.float32)
     y, _ = _activate(x, ACTIVATION, Gate.dtype.element_ty.primitive_bitwidth)
     if Up is not None:
-        u = tl.load(Up + j0 + i * (stride_up * VECTOR) + j, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(_rows_at(Up, i, j0, stride_up, VECTOR) + j, mask=inside, other=0.0).to(tl.float32)
         if UpBias is not None:
             u += tl.load(UpBias + j0 + j, mask=inside_j, other=0.0).to(tl.float32)
         y *= u
@@ -98,10 +111,10 @@ def _forward(
             tl.load(Seed), tl.load(Seed + 1).to(tl.uint32), 0, tile * BLOCK_M, j0, threshold, BLOCK_M, BLOCK_N
         )
         y = tl.where(keep, y * keep_scale, 0.0)
-    tl.store(Out + j0 + i * (stride_out * VECTOR) + j, y.to(Out.dtype.element_ty), mask=inside)
+    tl.store(_rows_at(Out, i, j0, stride_out, VECTOR) + j, y.to(Out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def _backward(
     Gate,
     Up,
@@ -120,6 +133,7 @@ def _backward(
     stride_grad_up,
     n_rows,
     n_vectors,
+    n_tiles,
     rows_per_program,
     threshold,
     keep_scale,
@@ -128,7 +142,7 @@ def _backward(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    strip, j0 = _tile(tl.program_id(0), n_vectors * VECTOR, BLOCK_N)
+    strip, j0 = _tile(tl.program_id(0), n_tiles, BLOCK_N)
     j = tl.arange(0, BLOCK_N)[None, :]
     inside_j = j < (n_vectors - j0 // VECTOR) * VECTOR
     if GateBias is not None:
@@ -143,8 +157,8 @@ def _backward(
         i0 = strip * rows_per_program + step
         i = i0 + tl.arange(0, BLOCK_M)[:, None]
         inside = (i < n_rows) & inside_j
-        x = tl.load(Gate + j0 + i * (stride_gate * VECTOR) + j, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(GradOut + j0 + i * (stride_grad_out * VECTOR) + j, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(_rows_at(Gate, i, j0, stride_gate, VECTOR) + j, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(_rows_at(GradOut, i, j0, stride_grad_out, VECTOR) + j, mask=inside, other=0.0).to(tl.float32)
         if Seed is not None:
             keep = kept_by_dropout(tl.load(Seed), tl.load(Seed + 1).to(tl.uint32), 0, i0, j0, threshold, BLOCK_M, BLOCK_N)
             g = tl.where(keep, g * keep_scale, 0.0)
@@ -152,16 +166,16 @@ def _backward(
             x += gate_bias
         y, slope = _activate(x, ACTIVATION, Gate.dtype.element_ty.primitive_bitwidth)
         if Up is not None:
-            u = tl.load(Up + j0 + i * (stride_up * VECTOR) + j, mask=inside, other=0.0).to(tl.float32)
+            u = tl.load(_rows_at(Up, i, j0, stride_up, VECTOR) + j, mask=inside, other=0.0).to(tl.float32)
             if UpBias is not None:
                 u += up_bias
             grad_up = g * y
-            tl.store(GradUp + j0 + i * (stride_grad_up * VECTOR) + j, grad_up.to(GradUp.dtype.element_ty), mask=inside)
+            tl.store(_rows_at(GradUp, i, j0, stride_grad_up, VECTOR) + j, grad_up.to(GradUp.dtype.element_ty), mask=inside)
             if SumUp is not None:
                 sum_up += grad_up
             g *= u
         grad_gate = g * slope
-        tl.store(GradGate + j0 + i * (stride_grad_gate * VECTOR) + j, grad_gate.to(GradGate.dtype.element_ty), mask=inside)
+        tl.store(_rows_at(GradGate, i, j0, stride_grad_gate, VECTOR) + j, grad_gate.to(GradGate.dtype.element_ty), mask=inside)
         if SumGate is not None:
             sum_gate += grad_gate
     out = strip * n_vectors * VECTOR + j0 + tl.arange(0, BLOCK_N)
@@ -181,13 +195,14 @@ PROGRAMS = 2048
 WARPS = 4
 
 
-def blocks(rows: int, features: int, elements: int, widest: int) -> tuple[int, int]:
-    """(BLOCK_M, BLOCK_N) of so many elements: the widest tile, up to `widest`, of those that waste the fewest columns."""
-    if rows == 1 or features <= 128:
-        block_n = min(max(next_power_of_2(features), 16), elements)
+def blocks(features: int, elements: int, widest: int) -> tuple[int, int]:
+    """(BLOCK_M, BLOCK_N) of so many elements: the widest tile, up to `widest`, of those that waste the fewest columns. It does
+    not follow the number of rows: each number would compile a kernel of its own."""
+    if features <= 128:
+        block_n = max(next_power_of_2(features), 16)
     else:
-        block_n = min((128 << k for k in range((widest // 128).bit_length())), key=lambda n: (-(-features // n) * n, -n))
-    return min(elements // block_n, next_power_of_2(rows)), block_n
+        block_n = min((128 << k for k in range((widest // 128).bit_length())), key=lambda n: (cdiv(features, n) * n, -n))
+    return elements // block_n, block_n
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -196,15 +211,15 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
 
 
-def _as_one_row(tensors: list[Tensor]) -> list[Tensor]:
-    """Dense tensors as one long row: no row starts off a 16-byte boundary, whatever their width."""
-    return [tensor.view(1, -1) for tensor in tensors] if all(tensor.is_contiguous() for tensor in tensors) else tensors
+def _one_row(*tensors: Tensor) -> bool:
+    """Whether all are dense, so that they can be taken for one long row: then no row starts off a 16-byte boundary, whatever
+    their width. Not `is_contiguous`, which any single row is: a part of a wider one would take other kernels than many are."""
+    return all(tensor.stride() == (tensor.shape[1], 1) for tensor in tensors)
 
 
 def _vector(*tensors: Tensor) -> int:
     """The number of elements, up to 16 bytes, that divides every row and row stride."""
-    numbers = [number for tensor in tensors for number in (tensor.shape[1], tensor.stride(0) if tensor.shape[0] > 1 else 0)]
-    return math.gcd(16 // tensors[0].element_size(), *numbers)
+    return math.gcd(16 // tensors[0].element_size(), *(n for x in tensors for n in (x.shape[1], x.stride(0))))
 
 
 def _halves(tensor: Tensor, up: Tensor | None, packed: bool) -> tuple[Tensor, Tensor | None]:
@@ -234,19 +249,26 @@ def forward(
         return out
     x, u = _halves(gate, up, packed)
     y = _rows(out)
-    if gate_bias is None and up_bias is None and seed is None:
-        x, y, *rest = _as_one_row([x, y] if u is None else [x, y, u])
-        u = rest[0] if rest else None
-    (rows, features), vector = y.shape, _vector(*(tensor for tensor in (x, u, y) if tensor is not None))
-    block_m, block_n = blocks(rows, features, BYTES // y.element_size(), 1024)
+    size = BYTES // y.element_size()
+    if gate_bias is None and up_bias is None and seed is None and _one_row(*_given(x, u, y)):
+        x, y, u = x.view(1, -1), y.view(1, -1), None if u is None else u.view(1, -1)
+        block_m, block_n = 1, size
+    else:
+        block_m, block_n = blocks(y.shape[1], size, 1024)
+    (rows, features), vector = y.shape, _vector(*_given(x, u, y))
+    tiles = cdiv(features, block_n)
     threshold, keep_scale = _drop(dropout_p)
     with device_of(gate):
-        _forward[(cdiv(rows, block_m) * cdiv(features, block_n),)](
+        _forward[(cdiv(rows, block_m) * tiles,)](
             x, u, _dense(gate_bias), _dense(up_bias), seed, y, x.stride(0) // vector, 0 if u is None else u.stride(0) // vector,
-            y.stride(0) // vector, rows, features // vector, threshold, keep_scale, ACTIVATION=activation, VECTOR=vector,
+            y.stride(0) // vector, rows, features // vector, tiles, threshold, keep_scale, ACTIVATION=activation, VECTOR=vector,
             BLOCK_M=block_m, BLOCK_N=block_n, num_warps=WARPS,
         )  # fmt: skip
     return out
+
+
+def _given(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def _dense(bias: Tensor | None) -> Tensor | None:
@@ -276,16 +298,18 @@ def backward(
     dx, du = _halves(grad_gate, grad_up, packed)
     g = _rows(grad)
     sums = needs_gate_bias or needs_up_bias
-    if gate_bias is None and up_bias is None and seed is None:
-        x, dx, g, *rest = _as_one_row([x, dx, g] if u is None or du is None else [x, dx, g, u, du])
-        u, du = rest or (None, None)
-    (rows, features), vector = g.shape, _vector(*(tensor for tensor in (x, u, dx, du, g) if tensor is not None))
     # Sums and random words together are too many registers for the whole tile.
-    size = BYTES // 2 if sums and seed is not None else BYTES
-    block_m, block_n = blocks(rows, features, size // g.element_size(), 256 if sums else 1024)
-    columns, per_program = cdiv(features, block_n), block_m
+    size = (BYTES // 2 if sums and seed is not None else BYTES) // g.element_size()
+    if gate_bias is None and up_bias is None and seed is None and _one_row(*_given(x, u, dx, du, g)):
+        x, dx, g = x.view(1, -1), dx.view(1, -1), g.view(1, -1)
+        u, du = (None if tensor is None else tensor.view(1, -1) for tensor in (u, du))
+        block_m, block_n = 1, size
+    else:
+        block_m, block_n = blocks(g.shape[1], size, 256 if sums else 1024)
+    (rows, features), vector = g.shape, _vector(*_given(x, u, dx, du, g))
+    tiles, per_program = cdiv(features, block_n), block_m
     if sums:  # long strips, since each writes as many partial sums as a row of 4-byte numbers
-        strips = cdiv(PROGRAMS, columns)
+        strips = cdiv(PROGRAMS, tiles)
         per_program = max(cdiv(cdiv(rows, strips), block_m), cdiv(32, block_m)) * block_m
     strips = cdiv(rows, per_program)
     partial = [
@@ -293,11 +317,11 @@ def backward(
     ]
     threshold, keep_scale = _drop(dropout_p)
     with device_of(gate):
-        _backward[(strips * columns,)](
+        _backward[(strips * tiles,)](
             x, u, _dense(gate_bias), _dense(up_bias), seed, g, dx, du, *partial, x.stride(0) // vector,
             0 if u is None else u.stride(0) // vector, g.stride(0) // vector, dx.stride(0) // vector,
-            0 if du is None else du.stride(0) // vector, rows, features // vector, per_program, threshold, keep_scale,
-            ACTIVATION=activation, VECTOR=vector, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=WARPS,
+            0 if du is None else du.stride(0) // vector, rows, features // vector, tiles, per_program, threshold,
+            keep_scale, ACTIVATION=activation, VECTOR=vector, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=WARPS,
         )  # fmt: skip
     grads = [None if bias is None or sum_ is None else sum_.sum(0).to(bias.dtype) for bias, sum_ in zip(wanted, partial)]
     return grad_gate, grad_up, grads[0], grads[1]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,7 +27,12 @@ def _capped(z, softcap, SOFTCAP: tl.constexpr):
     return z
 
 
-@triton.jit
+# Triton would compile a kernel anew where one of these is 1 or a multiple of 16. It gains nothing from that, unlike from
+# `row_end` and the rows' strides, which say how wide it may load.
+_NUMBERS = ["stride_row_grad", "stride_flags", "width", "n_rows", "vocabulary", "ignore_index"]
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def _forward(
     Z,
     ClassWeight,
@@ -54,10 +60,12 @@ def _forward(
     BLOCK_N: tl.constexpr,
 ):
     """A program owns BLOCK_M rows and walks over their columns. State is (4, n_rows). What lies between `width` and `row_end`
-    may be read, and written in `_gradient`, which keeps accesses wide where the width is odd."""
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    may be read, of ClassWeight too, and written in `_gradient`, which keeps accesses wide where the width is odd."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # tokens x vocabulary passes 2^31, even tokens x 4
     some = row < n_rows
-    z_row = Z + row.to(tl.int64) * stride_zm  # tokens x vocabulary passes 2^31
+    z_row = Z + row * stride_zm
+    sum_ptr, target_ptr = State + n_rows + row, State + n_rows + n_rows.to(tl.int64) + row
+    total_ptr = target_ptr + n_rows
     y = tl.load(Target + row, mask=some, other=0)
     inside = (y >= 0) & (y < vocabulary)
 
@@ -68,10 +76,10 @@ def _forward(
     index = tl.zeros((BLOCK_M,), tl.int32)
     if first > 0:
         row_max = tl.load(State + row, mask=some, other=0.0)
-        row_sum = tl.load(State + n_rows + row, mask=some, other=0.0)
-        target_logit = tl.load(State + 2 * n_rows + row, mask=some, other=0.0)
+        row_sum = tl.load(sum_ptr, mask=some, other=0.0)
+        target_logit = tl.load(target_ptr, mask=some, other=0.0)
         if SMOOTHING:
-            total = tl.load(State + 3 * n_rows + row, mask=some, other=0.0)
+            total = tl.load(total_ptr, mask=some, other=0.0)
         if Index is not None:
             index = tl.load(Index + row, mask=some, other=0)
 
@@ -82,12 +90,13 @@ def _forward(
     for begin in range(0, width, BLOCK_N):
         column = begin + tl.arange(0, BLOCK_N)
         exists = column < width
-        z = tl.load(z_row[:, None] + column[None, :], mask=some[:, None] & (column < row_end)[None, :], other=0.0)
+        reads = column < row_end
+        z = tl.load(z_row[:, None] + column[None, :], mask=some[:, None] & reads[None, :], other=0.0)
         z = _capped(z, softcap, SOFTCAP)
         if SMOOTHING:
             weighted = z
             if ClassWeight is not None:
-                weighted = z * tl.load(ClassWeight + first + column, mask=exists, other=0.0)[None, :]
+                weighted = z * tl.load(ClassWeight + first + column, mask=reads, other=0.0)[None, :]
             total += tl.sum(tl.where(exists[None, :], weighted, 0.0), 1)
         z = tl.where(exists[None, :], z, float("-inf"))
         block_max = tl.max(z, 1)
@@ -102,10 +111,10 @@ def _forward(
 
     if first + width < vocabulary:
         tl.store(State + row, row_max, mask=some)
-        tl.store(State + n_rows + row, row_sum, mask=some)
-        tl.store(State + 2 * n_rows + row, target_logit, mask=some)
+        tl.store(sum_ptr, row_sum, mask=some)
+        tl.store(target_ptr, target_logit, mask=some)
         if SMOOTHING:
-            tl.store(State + 3 * n_rows + row, total, mask=some)
+            tl.store(total_ptr, total, mask=some)
         if Index is not None:
             tl.store(Index + row, index, mask=some)
     else:
@@ -127,7 +136,7 @@ def _forward(
             tl.store(Correct + row, (known & (index == y)).to(tl.int8), mask=some)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def _gradient(
     Z,
     Out,
@@ -158,11 +167,14 @@ def _gradient(
     BLOCK_N: tl.constexpr,
 ):
     """A program turns BLOCK_M x BLOCK_N logits into d objective / d z, given d objective / d loss of each row. Out may be Z.
-    Flags says of each run of TILE columns whether anything in it reaches `threshold`, relative to the row's."""
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row64 = row.to(tl.int64)
+    Behind `width` it writes zeros, because a matrix product may read there. Flags says of each run of TILE columns whether
+    anything in it reaches `threshold`, relative to the row's."""
+    # One dimension of programs, since another one ends at 65,535.
+    column_tiles = tl.cdiv(width, BLOCK_N)
+    column_tile = tl.program_id(0) % column_tiles
+    row = (tl.program_id(0) // column_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     some = row < n_rows
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = column < width
     y = tl.load(Target + row, mask=some, other=ignore_index)
     valid = y != ignore_index  # other rows are not read: their gradient is exactly zero, whatever the logits hold
@@ -176,17 +188,17 @@ def _gradient(
     if SMOOTHING:
         weight_sum = tl.load(WeightSum) if ClassWeight is not None else vocabulary * 1.0
         of_softmax += smoothing / vocabulary * weight_sum
-    row_grad = tl.load(RowGrad + row64 * stride_row_grad, mask=valid, other=0.0).to(tl.float32)
+    row_grad = tl.load(RowGrad + row * stride_row_grad, mask=valid, other=0.0).to(tl.float32)
     row_grad = tl.where(inside, row_grad, float("nan"))
 
-    reads = (column < row_end)[None, :]
-    z = tl.load(Z + row64[:, None] * stride_zm + column[None, :], mask=valid[:, None] & reads, other=0.0)
+    reads = column < row_end
+    z = tl.load(Z + row[:, None] * stride_zm + column[None, :], mask=valid[:, None] & reads[None, :], other=0.0)
     z = _capped(z, softcap, SOFTCAP)
     grad = of_softmax[:, None] * tl.exp(z - lse[:, None])
     if SMOOTHING:
         uniform = smoothing / vocabulary
         if ClassWeight is not None:
-            grad -= uniform * tl.load(ClassWeight + first + column, mask=exists, other=0.0)[None, :]
+            grad -= uniform * tl.load(ClassWeight + first + column, mask=reads, other=0.0)[None, :]
         else:
             grad -= uniform
     grad = tl.where(column[None, :] == (y - first)[:, None], grad - at_target[:, None], grad)
@@ -197,22 +209,24 @@ def _gradient(
         size = tl.where(valid[:, None] & exists[None, :], tl.abs(grad), 0.0)
         counts = tl.where(size < threshold, 0, 1).to(tl.int8)  # this way round NaN counts
         counts = tl.max(tl.reshape(counts, (BLOCK_M, BLOCK_N // TILE, TILE)), 2)
-        tile = tl.program_id(1) * (BLOCK_N // TILE) + tl.arange(0, BLOCK_N // TILE)
-        flag_ptrs = Flags + row64[:, None] * stride_flags + tile[None, :]
+        tile = column_tile * (BLOCK_N // TILE) + tl.arange(0, BLOCK_N // TILE)
+        flag_ptrs = Flags + row[:, None] * stride_flags + tile[None, :]
         tl.store(flag_ptrs, counts, mask=some[:, None] & (tile * TILE < width)[None, :])
-    grad = tl.where(valid[:, None], grad * row_grad[:, None], 0.0)
-    out_ptrs = Out + row64[:, None] * stride_om + column[None, :]
-    tl.store(out_ptrs, grad.to(Out.dtype.element_ty), mask=some[:, None] & reads)
+    grad = tl.where(valid[:, None] & exists[None, :], grad * row_grad[:, None], 0.0)
+    out_ptrs = Out + row[:, None] * stride_om + column[None, :]
+    tl.store(out_ptrs, grad.to(Out.dtype.element_ty), mask=some[:, None] & reads[None, :])
 
 
 # --- launch ---------------------------------------------------------------------------------------------------------
 
 FLAG_TILE = 64  # columns for which `gradient` leaves one flag
+ROW_END = 16  # padded rows of logits, and class weights, go on to a multiple of so many columns
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a loss is made of, besides its tensors. class_weight (V) float32 and weight_sum () go together."""
+    """What a loss is made of, besides its tensors. class_weight, float32, V and zeros up to a multiple of ROW_END, and
+    weight_sum () go together."""
 
     ignore_index: int
     label_smoothing: float
@@ -223,8 +237,10 @@ class Options:
 
 
 def options(ignore_index: int, label_smoothing: float, softcap: float, z_loss: float, weight: Tensor | None) -> Options:
-    weight = None if weight is None else weight.float().contiguous()
-    return Options(ignore_index, label_smoothing, softcap, z_loss, weight, None if weight is None else weight.sum())
+    if weight is None:
+        return Options(ignore_index, label_smoothing, softcap, z_loss)
+    weight = F.pad(weight.float(), (0, -weight.shape[0] % ROW_END))
+    return Options(ignore_index, label_smoothing, softcap, z_loss, weight, weight.sum())
 
 
 def block(width: int, plain: bool = True) -> tuple[int, int, int]:
@@ -261,7 +277,12 @@ class Rows:
 
 
 def _row_end(width: int, padded: bool) -> int:
-    return cdiv(width, 16) * 16 if padded else width
+    return cdiv(width, ROW_END) * ROW_END if padded else width
+
+
+def _block_of(z: Tensor, padded: bool, plain: bool = True) -> tuple[int, int, int]:
+    """Of padded logits the last chunk may be narrow: it takes the block of the whole buffer, since each compiles anew."""
+    return block(z.stride(0) if padded else z.shape[1], plain)
 
 
 def forward(z: Tensor, target: Tensor, rows: Rows, first: int, vocabulary: int, x: Options, padded: bool = False) -> None:
@@ -271,7 +292,7 @@ def forward(z: Tensor, target: Tensor, rows: Rows, first: int, vocabulary: int, 
     if n == 0:
         return
     plain = x.class_weight is None and x.softcap == 0 and rows.index is None
-    block_m, block_n, num_warps = block(width, plain)
+    block_m, block_n, num_warps = _block_of(z, padded, plain)
     with device_of(z):
         _forward[(cdiv(n, block_m),)](
             z, x.class_weight, x.weight_sum, target, rows.state, rows.index, rows.loss, rows.lse, rows.target_logits,
@@ -298,9 +319,9 @@ def gradient(
     n, width = z.shape
     if n == 0:
         return
-    block_m, block_n, num_warps = block(width)
+    block_m, block_n, num_warps = _block_of(z, padded)
     with device_of(z):
-        _gradient[(cdiv(n, block_m), cdiv(width, block_n))](
+        _gradient[(cdiv(n, block_m) * cdiv(width, block_n),)](
             z, out, x.class_weight, x.weight_sum, target, lse, row_grad, flags, z.stride(0), out.stride(0),
             row_grad.stride(0), 0 if flags is None else flags.stride(0), first, width, _row_end(width, padded), n, vocabulary,
             x.ignore_index, x.label_smoothing, x.softcap or 1.0, x.z_loss, resolution(out.dtype),
@@ -314,4 +335,4 @@ def resolution(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 32
 
 
-__all__ = ["FLAG_TILE", "Options", "Rows", "block", "forward", "gradient", "options", "resolution"]
+__all__ = ["FLAG_TILE", "ROW_END", "Options", "Rows", "block", "forward", "gradient", "options", "resolution"]

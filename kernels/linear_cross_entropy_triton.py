@@ -17,13 +17,15 @@ from torch import Tensor
 
 from ._launch import cdiv, device_of
 from .attention.config import precision
-from .cross_entropy_triton import FLAG_TILE, Options, Rows, forward, gradient
+from .cross_entropy_triton import FLAG_TILE, ROW_END, Options, Rows, forward, gradient
 from .linear_cross_entropy import buffers, vocabulary_chunks
 
 # --- products that leave out what a filter dropped ------------------------------------------------------------------
 
 
-@triton.jit
+# Triton would compile a kernel anew where one of these is 1 or a multiple of 16. What it could gain, that A is read wide,
+# the kernel says itself.
+@triton.jit(do_not_specialize=["m_end", "k_end", "stride_fm", "stride_fk", "accumulate"])
 def _filtered_product(
     A,
     B,
@@ -41,17 +43,23 @@ def _filtered_product(
     accumulate,
     FLAG_M: tl.constexpr,
     FLAG_K: tl.constexpr,
+    PADDED_M: tl.constexpr,
+    PADDED_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """C (+)= A B, skipping tiles of A whose flags are all zero: one flag for FLAG_M x FLAG_K numbers of A."""
-    m0, n0 = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
+    """C (+)= A B, skipping tiles of A whose flags are all zero: one flag for FLAG_M x FLAG_K numbers of A. A goes on, with
+    zeros, to multiples of PADDED_M and PADDED_K."""
+    # One dimension of programs, since another one ends at 65,535.
+    m_tiles = tl.cdiv(m_end, BLOCK_M)
+    m0, n0 = tl.program_id(0) % m_tiles * BLOCK_M, tl.program_id(0) // m_tiles * BLOCK_N
     m, n = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
     m64 = m.to(tl.int64)
     flag_m = m0 // FLAG_M + tl.arange(0, BLOCK_M // FLAG_M)
     c_ptrs = C + m64[:, None] * stride_cm + n[None, :]
+    m_read, k_read = tl.cdiv(m_end, PADDED_M) * PADDED_M, tl.cdiv(k_end, PADDED_K) * PADDED_K
     exists = (m < m_end)[:, None] & (n < n_end)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if accumulate:
@@ -64,7 +72,7 @@ def _filtered_product(
             k = k0 + tl.arange(0, BLOCK_K)
             k64 = k.to(tl.int64)
             a_ptrs = A + m64[:, None] * stride_am + k64[None, :] * stride_ak
-            a = tl.load(a_ptrs, mask=(m < m_end)[:, None] & (k < k_end)[None, :], other=0.0)
+            a = tl.load(a_ptrs, mask=(m < m_read)[:, None] & (k < k_read)[None, :], other=0.0)
             b_ptrs = B + k64[:, None] * stride_bk + n[None, :]
             b = tl.load(b_ptrs, mask=(k < k_end)[:, None] & (n < n_end)[None, :], other=0.0)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
@@ -87,16 +95,20 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> No
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def _filtered(a: Tensor, b: Tensor, out: Tensor, flags: Tensor, flag_m: int, flag_k: int, accumulate: bool) -> None:
-    """`_multiply` without the tiles of `a` that `flags` leaves out."""
+def _filtered(dz: Tensor, b: Tensor, out: Tensor, flags: Tensor, transposed: bool, accumulate: bool = False) -> None:
+    """out (+)= dz b, or dz^T b, without the tiles of dz that its flags leave out."""
+    a, flag_m, flag_k, padded_m, padded_k = dz, 1, FLAG_TILE, 1, ROW_END
+    if transposed:
+        a, flags, flag_m, flag_k, padded_m, padded_k = dz.t(), flags.t(), FLAG_TILE, 1, ROW_END, 1
     b = b if b.stride(1) == 1 else b.contiguous()
     (m_end, k_end), n_end = a.shape, b.shape[1]
     block_m, block_n, block_k, num_warps, num_stages = (64, 32, 64, 8, 2) if a.dtype == torch.float32 else (128, 128, 64, 8, 3)
     with device_of(a):
-        _filtered_product[(cdiv(m_end, block_m), cdiv(n_end, block_n))](
+        _filtered_product[(cdiv(m_end, block_m) * cdiv(n_end, block_n),)](
             a, b, out, flags, a.stride(0), a.stride(1), b.stride(0), out.stride(0), flags.stride(0), flags.stride(1), m_end,
-            n_end, k_end, int(accumulate), FLAG_M=flag_m, FLAG_K=flag_k, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-            PRECISION=precision(a.dtype), num_warps=num_warps, num_stages=num_stages,
+            n_end, k_end, int(accumulate), FLAG_M=flag_m, FLAG_K=flag_k, PADDED_M=padded_m, PADDED_K=padded_k,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, PRECISION=precision(a.dtype), num_warps=num_warps,
+            num_stages=num_stages,
         )  # fmt: skip
 
 
@@ -156,12 +168,12 @@ def gradients(
             if flags is None:
                 _multiply(dz, w, d_input, accumulate=i > 0)
             else:
-                _filtered(dz, w, d_input, flags, 1, FLAG_TILE, accumulate=i > 0)
+                _filtered(dz, w, d_input, flags, transposed=False, accumulate=i > 0)
         if needs[1]:
             if flags is None:
                 _multiply(dz.t(), input, d_weight[first : first + width])
             else:
-                _filtered(dz.t(), input, d_weight[first : first + width], flags.t(), FLAG_TILE, 1, accumulate=False)
+                _filtered(dz, input, d_weight[first : first + width], flags, transposed=True)
         if needs[2]:
             torch.sum(dz, 0, dtype=torch.float32, out=d_bias[first : first + width])
         del w  # a converted chunk of the weight goes before the next one comes

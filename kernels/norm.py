@@ -302,7 +302,7 @@ def _layer_norm_triton(
     dropout_p: float,
     prenorm: bool,
 ) -> Any:
-    if _any_float64(x, weight, bias, residual):
+    if not _for_triton(x, weight, bias, residual):
         return layer_norm_reference(x, weight, bias, eps, residual, dropout_p, prenorm)
     return _run(x, weight, bias, eps, residual, dropout_p, prenorm, False, False)
 
@@ -318,13 +318,17 @@ def _rms_norm_triton(
     bias: Tensor | None,
     unit_offset: bool,
 ) -> Any:
-    if _any_float64(x, weight, bias, residual):
+    if not _for_triton(x, weight, bias, residual):
         return rms_norm_reference(x, weight, eps, residual, dropout_p, prenorm, bias=bias, unit_offset=unit_offset)
     return _run(x, weight, bias, eps, residual, dropout_p, prenorm, True, unit_offset)
 
 
-def _any_float64(*tensors: Tensor | None) -> bool:
-    return any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+_WIDEST = 2**26  # numbers of a row; the kernels count columns in 32 bits, and a norm of more has no use
+
+
+def _for_triton(x: Tensor, *others: Tensor | None) -> bool:
+    tensors = [x, *(tensor for tensor in others if tensor is not None)]
+    return x.shape[-1] <= _WIDEST and all(tensor.dtype != torch.float64 for tensor in tensors)
 
 
 register(

@@ -82,7 +82,12 @@ def _scaled(y, Weight, Bias, c, columns, UNIT_OFFSET: tl.constexpr):
     return y
 
 
-@triton.jit
+# Triton would compile a kernel anew where one of these is 1 or a multiple of 16. It gains nothing from that, unlike from the
+# strides, which say how far rows are aligned.
+_NUMBERS = ["n_rows", "n_tiles", "n_partials", "threshold"]
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def _forward(
     X,
     Residual,
@@ -129,7 +134,7 @@ def _forward(
     tl.store(Y + y_offsets, y.to(Y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def _forward_wide(
     X,
     Residual,
@@ -240,7 +245,7 @@ def _backward_means(
         tl.store(MeanGradient + i, tl.sum(gradient, 1) / N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def _backward(
     Dy,
     Dh,
@@ -269,8 +274,10 @@ def _backward(
     STAGES: tl.constexpr,
 ):
     """A program owns BLOCK_N columns and every num_programs-th tile of BLOCK_M rows; MeanProduct and MeanGradient are given
-    where these are not all columns. Dweight and Dbias (programs, N) receive its sums."""
-    j0 = tl.program_id(1) * BLOCK_N
+    where these are not all columns. Dweight and Dbias (programs, N) receive its sums. Columns come first in the grid, since
+    there may be more than the 65,535 of another dimension."""
+    program, programs = tl.program_id(1), tl.num_programs(1)
+    j0 = tl.program_id(0) * BLOCK_N
     c = j0 + tl.arange(0, BLOCK_N)
     columns = _columns(c, N, BLOCK_N)
     # Otherwise it comes from the cache again for each row.
@@ -279,7 +286,7 @@ def _backward(
         weight = _load_weight(Weight, c, columns, UNIT_OFFSET)
     dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for t in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), num_stages=STAGES):
+    for t in tl.range(program, n_tiles, programs, num_stages=STAGES):
         # From the last row to the first: what the ops before this one wrote last is still in the L2 cache.
         i0 = (n_tiles - 1 - t).to(tl.int64) * BLOCK_M
         i = i0 + tl.arange(0, BLOCK_M)
@@ -315,7 +322,7 @@ def _backward(
             keep = kept_by_dropout(tl.load(Seed), tl.load(Seed + 1).to(tl.uint32), 0, i0, j0, threshold, BLOCK_M, BLOCK_N)
             dh = tl.where(keep, dh * keep_scale, 0.0)
         tl.store(Dx + offsets, dh.to(Dx.dtype.element_ty), mask=inside)
-    out = tl.program_id(0).to(tl.int64) * N + c
+    out = program.to(tl.int64) * N + c
     if Dweight is not None:
         tl.store(Dweight + out, tl.sum(dweight, 0).to(Dweight.dtype.element_ty), mask=columns)
     if Dbias is not None:
@@ -330,7 +337,7 @@ def _add_partial(Partial, Out, c, n_partials, N: tl.constexpr, BLOCK_P: tl.const
     tl.store(Out + c, tl.sum(partial, 0).to(Out.dtype.element_ty), mask=c < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def _add_partials(
     PartialWeight, PartialBias, Dweight, Dbias, n_partials, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr
 ):
@@ -531,29 +538,24 @@ def backward(
                 num_warps=_BACKWARD_MEANS.num_warps,
             )  # fmt: skip
         tiles, parts = cdiv(rows, blocks.block_m), cdiv(n, blocks.block_n)
-        programs = _programs(tiles, parts, blocks, h.device)
-        # One program's sums are the gradients.
+        resident = max(1, blocks.programs * multiprocessors(h.device) // parts)
+        # Each with at least four tiles, because what each leaves has to be written and added.
+        programs = max(1, min(resident, cdiv(tiles, 4)))
+        totals = [total for total in (dweight, dbias) if total is not None]
+        # One program's sums are the gradients, where they have the dtype of sums: another one would be another kernel.
+        alone = programs == 1 and all(total.dtype == torch.float32 for total in totals)
         sums = [
-            total if total is None or programs == 1 else total.new_empty(programs, n, dtype=torch.float32)
-            for total in (dweight, dbias)
+            total if total is None or alone else total.new_empty(programs, n, dtype=torch.float32) for total in (dweight, dbias)
         ]
-        _backward[(programs, parts)](
+        _backward[(parts, programs)](
             dy, dh, h, weight, mean, rstd, mean_product, mean_gradient, seed, dx, dresidual, *sums, dy.stride(0), stride_dh,
             h.stride(0), rows, tiles, *_chance(dropout_p), N=n, UNIT_OFFSET=unit_offset, BLOCK_M=blocks.block_m,
             BLOCK_N=blocks.block_n, STAGES=blocks.num_stages, num_warps=blocks.num_warps,
         )  # fmt: skip
-        needed = (dweight is not None) + (dbias is not None)
-        if programs > 1 and needed:
-            block_p = next_power_of_2(programs)
+        if totals and not alone:
+            block_p = next_power_of_2(resident)  # not of `programs`, which follows the number of rows
             block_n = min(512, max(16, 8192 // block_p))
-            _add_partials[(cdiv(n, block_n), needed)](
+            _add_partials[(cdiv(n, block_n), len(totals))](
                 *sums, dweight, dbias, programs, N=n, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=8
             )
     return dx, dresidual, dweight, dbias
-
-
-def _programs(tiles: int, parts: int, blocks: Blocks, device: torch.device) -> int:
-    """How many programs share the rows: as many as run at a time, each with at least four tiles, because what each leaves
-    has to be written and added."""
-    resident = max(1, blocks.programs * multiprocessors(device) // parts)
-    return max(1, min(resident, cdiv(tiles, 4)))

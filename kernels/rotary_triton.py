@@ -1,7 +1,7 @@
 """Triton kernel of the rotary embedding: what rotary.py imports at the first use of it.
 
 A program owns BLOCK_S positions of one sequence and a few heads: it loads the cosines and sines of its positions once, keeps
-them in registers in float32, and turns one head after the other. Heads of q come first in the grid, then those of k. Halves are
+them in registers in float32, and turns one head after the other. Heads of q come first, then those of k. Halves are
 two tiles that lie R / 2 apart; pairs are one tile that is split in registers, since a thread's 16 bytes hold whole pairs. What
 is read is read by the program that writes it, before it writes: so input and output may be one tensor.
 """
@@ -44,9 +44,11 @@ def _turn_heads(
     BLOCK_REST: tl.constexpr,
 ):
     """Heads first .. last of X into Y at positions s (BLOCK_S, 1), of which `inside` exist."""
-    # Strides come in units of VECTOR elements, so that the compiler knows how far rows are aligned.
-    x_ptr = X + (b * stride_xb + first.to(tl.int64) * stride_xh) * VECTOR + s * (stride_xs * VECTOR)
-    y_ptr = Y + (b * stride_yb + first.to(tl.int64) * stride_yh) * VECTOR + s * (stride_ys * VECTOR)
+    # Strides come in units of VECTOR elements, so that the compiler knows how far rows are aligned; in elements they may pass
+    # 2^31.
+    next_x, next_y = stride_xh.to(tl.int64) * VECTOR, stride_yh.to(tl.int64) * VECTOR
+    x_ptr = X + b * stride_xb * VECTOR + first * next_x + s * (stride_xs.to(tl.int64) * VECTOR)
+    y_ptr = Y + b * stride_yb * VECTOR + first * next_y + s * (stride_ys.to(tl.int64) * VECTOR)
     r = tl.arange(0, BLOCK_R)[None, :]
     for _ in range(first, last):
         if INTERLEAVED:
@@ -69,11 +71,20 @@ def _turn_heads(
             e = part * BLOCK_REST + tl.arange(0, BLOCK_REST)[None, :]
             rest = tl.load(x_ptr + 2 * HALF + e, mask=inside & (e < REST), other=0.0)
             tl.store(y_ptr + 2 * HALF + e, rest, mask=inside & (e < REST))
-        x_ptr += stride_xh * VECTOR
-        y_ptr += stride_yh * VECTOR
+        x_ptr += next_x
+        y_ptr += next_y
 
 
-@triton.jit
+# Triton would compile the kernel anew where one of these is 1 or a multiple of 16. VECTOR and COS_VECTOR say all that it gains
+# from that.
+_NUMBERS = [
+    *("n_positions", "n_angles", "q_heads", "k_heads", "heads_per_program"),
+    *(f"stride_{tensor}{dimension}" for tensor in ("q", "k", "qo", "ko") for dimension in "bhs"),
+    *("stride_cos_b", "stride_cos_s", "stride_positions_b"),
+]
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def _rotary(
     Q,
     K,
@@ -112,12 +123,14 @@ def _rotary(
     BLOCK_R: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    tiles = tl.cdiv(n_positions, BLOCK_S)
-    b = (tl.program_id(0) // tiles).to(tl.int64)  # 64 bits: a stride times an index passes 2^31 in tensors of 4 GB
-    s = (tl.program_id(0) % tiles) * BLOCK_S + tl.arange(0, BLOCK_S)
+    # One dimension, heads first, since the others end at 65,535.
+    tiles, q_tiles = tl.cdiv(n_positions, BLOCK_S), tl.cdiv(q_heads, heads_per_program)
+    head_tiles = q_tiles + tl.cdiv(k_heads, heads_per_program)
+    head_tile, tile = tl.program_id(0) % head_tiles, tl.program_id(0) // head_tiles
+    b = (tile // tiles).to(tl.int64)  # 64 bits: a stride times an index passes 2^31 in tensors of 4 GB
+    s = (tile % tiles).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
     inside = (s < n_positions)[:, None]
-    row = s.to(tl.int64)
-    angle = row
+    angle = s
     if Positions is not None:
         angle = tl.load(Positions + b * stride_positions_b + s, mask=s < n_positions, other=0).to(tl.int64)
     r = tl.arange(0, BLOCK_R)[None, :]
@@ -128,10 +141,9 @@ def _rotary(
     sin = tl.load(Sin + angles, mask=known, other=float("nan")).to(tl.float32)
     if INVERSE:
         sin = -sin
-    row = row[:, None]
-    q_tiles = tl.cdiv(q_heads, heads_per_program)
-    if tl.program_id(1) < q_tiles:
-        first = tl.program_id(1) * heads_per_program
+    row = s[:, None]
+    if head_tile < q_tiles:
+        first = head_tile * heads_per_program
         _turn_heads(
             Q, QOut, stride_qb, stride_qh, stride_qs, stride_qob, stride_qoh, stride_qos, b, first,
             tl.minimum(first + heads_per_program, q_heads), row, inside, cos, sin,
@@ -139,7 +151,7 @@ def _rotary(
         )  # fmt: skip
     else:
         if K is not None:
-            first = (tl.program_id(1) - q_tiles) * heads_per_program
+            first = (head_tile - q_tiles) * heads_per_program
             _turn_heads(
                 K, KOut, stride_kb, stride_kh, stride_ks, stride_kob, stride_koh, stride_kos, b, first,
                 tl.minimum(first + heads_per_program, k_heads), row, inside, cos, sin,
@@ -158,10 +170,9 @@ HEADS = 8
 
 
 def blocks(x: Tensor, half: int) -> tuple[int, int, int]:
-    """(BLOCK_S, BLOCK_R, warps)."""
+    """(BLOCK_S, BLOCK_R, warps). Only a single position, as in decoding, has a block of its own: each block compiles anew."""
     block_r = next_power_of_2(half)
-    block_s = max(BYTES // (2 * block_r * x.element_size()), 1)
-    block_s = min(block_s, next_power_of_2(x.shape[2]))
+    block_s = max(BYTES // (2 * block_r * x.element_size()), 1) if x.shape[2] > 1 else 1
     return block_s, block_r, min(max(2 * block_s * block_r * x.element_size() // 1024, 1), 4)
 
 
@@ -223,7 +234,7 @@ def rotate(
     if k is None:
         strides = [strides[0], (0, 0, 0), strides[1], (0, 0, 0)]
     with device_of(q):
-        _rotary[(tiles, sum(cdiv(n, per_program) for n in heads))](
+        _rotary[(tiles * sum(cdiv(n, per_program) for n in heads),)](
             xs[0], xs[1] if k is not None else None, ys[0], ys[1] if k is not None else None, cos, sin, positions,
             *(stride for three in strides for stride in three), stride_cos_b // cos_vector, cos.stride(-2) // cos_vector,
             length if positions is not None and positions.dim() == 2 else 0, length, cos.shape[-2], heads[0],
