@@ -18,7 +18,8 @@ from ._interpreter import repair
 if triton.knobs.runtime.interpret:
     repair()  # here, because whatever launches a kernel imports this module
 
-GRID_YZ = 65_535  # CUDA's limit on the second and the third dimension of a grid
+GRID_X = 2**31 - 1  # CUDA's limits on the first dimension of a grid
+GRID_YZ = 65_535  # and on the second and the third
 
 
 def cdiv(a: int, b: int) -> int:
@@ -53,6 +54,18 @@ def _multiprocessors(device: torch.device) -> int:
 def multiprocessors(device: torch.device) -> int:
     """Of the GPU; the interpreter counts as an H100."""
     return _multiprocessors(device) if device.type == "cuda" else 132
+
+
+def grid_x(programs: int) -> tuple[int]:
+    """A grid of that many programs. ValueError where CUDA cannot count them."""
+    if programs > GRID_X:
+        raise ValueError(f"a kernel would need {programs} programs, a GPU takes {GRID_X} at a time: divide the batch")
+    return (programs,)
+
+
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """A small tensor as kernels read it, one number after the other: itself, or a copy of what is strided or expanded."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -14,14 +14,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import cdiv, device_of
+from .._launch import cdiv, device_of, grid_x
 from . import config
-from .forward import block_lists, broadcast, constants, contiguous_rows, lse_strides, numbers, slope_stride, strides, strides4
+from .forward import (
+    block_lists,
+    broadcast,
+    constants,
+    contiguous_rows,
+    dense_vectors,
+    launch_clear_tails,
+    lse_strides,
+    numbers,
+    slope_stride,
+    strides,
+    strides4,
+)
 from .reference import Inputs
-from .tile import kept_by_dropout, load_tile, modified_scores, nth_masked, seen, sequence, tile_range, work_item
+from .tile import CHANGING, kept_by_dropout, load_tile, modified_scores, nth_masked, seen, sequence, tile_range, work_item
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _dq(
     Q,
     K,
@@ -102,8 +114,11 @@ def _dq(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    FAR: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
-    for work in range(tl.program_id(0), n_work, tl.num_programs(0)):
+    program = tl.program_id(0)
+    for work in range(program, n_work if PERSISTENT else program + 1, tl.num_programs(0) if PERSISTENT else 1):
         tile, b, h = work_item(work, n_tiles, heads, group, section, n_heads, RIGHT)
         q_start, sq = sequence(b, n_q, CuQ, None, VARLEN)
         k_start, sk = sequence(b, n_k, CuK, UsedK, VARLEN)
@@ -115,7 +130,7 @@ def _dq(
             dv = tl.arange(0, BLOCK_DV)
             columns = tl.arange(0, BLOCK_N)
             b64, h64 = b.to(tl.int64), h.to(tl.int64)
-            g64 = h64 // group
+            g64 = (h // group).to(tl.int64)
             token = q_start + i.to(tl.int64)
             rows = (i < sq)[:, None]
             q_mask, o_mask = rows & (d < D)[None, :], rows & (dv < DV)[None, :]
@@ -138,7 +153,7 @@ def _dq(
                 v_base = V + b64 * stride_vb + g64 * stride_vh + k_start * stride_vt
             bias = Bias + b64 * stride_bias_b + h64 * stride_bias_h if Bias is not None else None
             mask = Mask + b64 * stride_mask_b + h64 * stride_mask_h if Mask is not None else None
-            slope = tl.load(Slopes + b * stride_slope_b + h) if Slopes is not None else None
+            slope = tl.load(Slopes + b64 * stride_slope_b + h) if Slopes is not None else None
             seed_key = tl.load(Seed) if DROPOUT else 0
             seed_counter = tl.load(Seed + 1).to(tl.uint32) if DROPOUT else 0
             bh = (b * heads + h).to(tl.uint32)
@@ -150,8 +165,8 @@ def _dq(
             n_masked = last - first - n_full
             index = None
             if Index is not None:
-                row = b * stride_index_b + h * stride_index_h + tile
-                index = Index + row.to(tl.int64) * index_end
+                row = b64 * stride_index_b + h64 * stride_index_h + tile
+                index = Index + row * index_end
                 n_masked = tl.load(Count + row * 2)
                 n_full = tl.load(Count + row * 2 + 1)
 
@@ -170,8 +185,8 @@ def _dq(
                         k = tl.trans(tl.reshape(K.load([b, j0, h // group, 0]), (BLOCK_N, BLOCK_D)))
                         v = tl.trans(tl.reshape(V.load([b, j0, h // group, 0]), (BLOCK_N, BLOCK_DV)))
                     else:
-                        k = load_tile(k_base, j0, stride_kt, sk, D, BLOCK_N, BLOCK_D, MASKED == 1, True)
-                        v = load_tile(v_base, j0, stride_vt, sk, DV, BLOCK_N, BLOCK_DV, MASKED == 1, True)
+                        k = load_tile(k_base, j0, stride_kt, sk, D, BLOCK_N, BLOCK_D, MASKED == 1, True, FAR)
+                        v = load_tile(v_base, j0, stride_vt, sk, DV, BLOCK_N, BLOCK_DV, MASKED == 1, True, FAR)
                     qk = tl.dot(q, k, input_precision=PRECISION)
                     inside = rows & (j < sk)[None, :]
                     qk, derivative = modified_scores(
@@ -195,7 +210,7 @@ def _dq(
             tl.store(dq_ptrs, (dq * scale).to(DQ.dtype.element_ty), mask=q_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _dkdv(
     Q,
     K,
@@ -275,10 +290,13 @@ def _dkdv(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    FAR: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
     """Tiles are transposed here: rows are keys, columns queries."""
     groups = heads // group
-    for work in range(tl.program_id(0), n_work, tl.num_programs(0)):
+    program = tl.program_id(0)
+    for work in range(program, n_work if PERSISTENT else program + 1, tl.num_programs(0) if PERSISTENT else 1):
         tile, b, g = work_item(work, n_tiles, groups, 1, section, n_heads, False)
         q_start, sq = sequence(b, n_q, CuQ, None, VARLEN)
         k_start, sk_all = sequence(b, n_k, CuK, None, VARLEN)
@@ -317,14 +335,14 @@ def _dkdv(
                 row_base = b64 * stride_lb + h64 * stride_lh + q_start
                 bias = Bias + b64 * stride_bias_b + h64 * stride_bias_h if Bias is not None else None
                 mask = Mask + b64 * stride_mask_b + h64 * stride_mask_h if Mask is not None else None
-                slope = tl.load(Slopes + b * stride_slope_b + h) if Slopes is not None else None
+                slope = tl.load(Slopes + b64 * stride_slope_b + h) if Slopes is not None else None
                 bh = (b * heads + h).to(tl.uint32)
                 n_full = full_last - full_first
                 n_masked = last - first - n_full
                 index = None
                 if Index is not None:
-                    row = b * stride_index_b + h * stride_index_h + tile
-                    index = Index + row.to(tl.int64) * index_end
+                    row = b64 * stride_index_b + h64 * stride_index_h + tile
+                    index = Index + row * index_end
                     n_masked = tl.load(Count + row * 2)
                     n_full = tl.load(Count + row * 2 + 1)
                 for MASKED in tl.static_range(2):
@@ -341,8 +359,8 @@ def _dkdv(
                             q = tl.trans(tl.reshape(Q.load([b, i0, h, 0]), (BLOCK_M, BLOCK_D)))
                             do = tl.reshape(DOut.load([b, i0, h, 0]), (BLOCK_M, BLOCK_DV))
                         else:
-                            q = load_tile(q_base, i0, stride_qs, sq, D, BLOCK_M, BLOCK_D, MASKED == 1, True)
-                            do = load_tile(do_base, i0, stride_dos, sq, DV, BLOCK_M, BLOCK_DV, MASKED == 1, False)
+                            q = load_tile(q_base, i0, stride_qs, sq, D, BLOCK_M, BLOCK_D, MASKED == 1, True, FAR)
+                            do = load_tile(do_base, i0, stride_dos, sq, DV, BLOCK_M, BLOCK_DV, MASKED == 1, False, FAR)
                         if MASKED:
                             lse = tl.load(Lse + row_base + i, mask=i < sq, other=0.0)
                             delta = tl.load(Delta + row_base + i, mask=i < sq, other=0.0)
@@ -383,7 +401,7 @@ def _dkdv(
             tl.store(dv_ptrs, dvalue.to(DV_.dtype.element_ty), mask=rows & (dv < DV)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _dbias(
     Q,
     K,
@@ -455,9 +473,11 @@ def _dbias(
     PRECISION: tl.constexpr,
 ):
     """One program per tile of the bias: it sums ds over the dimensions (ONE_*) in which the bias has size 1."""
-    of_t = tl.program_id(0)
-    of_s = tl.program_id(1)
-    of_bh = tl.program_id(2)
+    t_tiles = 1 if ONE_T else n_k_tiles
+    s_tiles = 1 if ONE_S else n_q_tiles
+    of_t = tl.program_id(0) % t_tiles
+    of_s = tl.program_id(0) // t_tiles % s_tiles
+    of_bh = tl.program_id(0) // t_tiles // s_tiles
     bias_heads = 1 if ONE_H else heads
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
@@ -475,8 +495,8 @@ def _dbias(
         for later_h in range(0, heads if ONE_H else 1):
             h = h_first + later_h
             h64 = h.to(tl.int64)
-            g64 = h64 // group
-            slope = tl.load(Slopes + b * stride_slope_b + h) if Slopes is not None else None
+            g64 = (h // group).to(tl.int64)
+            slope = tl.load(Slopes + b64 * stride_slope_b + h) if Slopes is not None else None
             bias = Bias + b64 * stride_bias_b + h64 * stride_bias_h
             mask = Mask + b64 * stride_mask_b + h64 * stride_mask_h if Mask is not None else None
             bh = (b * heads + h).to(tl.uint32)
@@ -540,8 +560,17 @@ def _dbias(
 def backward(
     x: Inputs, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, needs_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """(dq, dk, dv, dbias or None, delta) of a checked problem; dbias in the shape of x.bias, delta in that of lse."""
-    q, k, v, grad_out = (contiguous_rows(tensor) for tensor in (x.q, x.k, x.v, grad_out))
+    """(dq, dk, dv, dbias or None, delta) of a checked problem; dbias in the shape of x.bias, delta in that of lse (of no value
+    where packed tokens lie behind the last sequence). Launches on the current stream of q's device."""
+    with device_of(x.q):
+        return _launch(dense_vectors(x), out, lse, grad_out, grad_lse, needs_bias)
+
+
+def _launch(
+    x: Inputs, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, needs_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    q, k, v, out, grad_out = (contiguous_rows(tensor) for tensor in (x.q, x.k, x.v, out, grad_out))
+    lse = lse.contiguous()
     dq, dk, dv = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (q, k, v))
     dbias = x.bias.new_empty(x.bias.shape) if needs_bias and x.bias is not None else None
     delta = torch.empty_like(lse)
@@ -553,49 +582,55 @@ def backward(
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
     (n_q, n_k), heads, groups = x.lengths, q.shape[-2], k.shape[-2]
+    group = heads // groups
     bias, mask = broadcast(x.bias, x), broadcast(x.mask, x)
     varlen = x.cu_seqlens_q is not None
     rows = config.rows(x)
-    with device_of(q):
+
+    row = rows.dq
+    n_tiles, n_heads = cdiv(n_q, row.block_m), x.batch * heads
+    n_work = n_tiles * n_heads
+    programs, persistent = config.grid(n_work, row, q.device)
+    index, count, *index_strides = block_lists(x, mask, row.block_m, row.block_n, False)
+    tma = row.tma and config.describable(x, k, v)
+    keys, values = (config.descriptor(tensor, row.block_n) if tma else tensor for tensor in (k, v))
+    _dq[(programs,)](
+        q, keys, values, out, grad_out, lse, grad_lse, delta, dq, bias, mask, x.alibi_slopes, x.cu_seqlens_q, x.cu_seqlens_k,
+        x.seqused_k, x.seed, index, count, *strides(q), *strides(k), *strides(v), *strides(out), *strides(grad_out),
+        *strides(dq), *lse_strides(lse), *strides4(bias), *strides4(mask), slope_stride(x), *index_strides, heads, group, n_q,
+        n_k, n_tiles, n_work, config.section(k, v, group, n_k, n_heads, n_tiles), n_heads, *numbers(x), BLOCK_M=row.block_m,
+        BLOCK_N=row.block_n, VARLEN=varlen, TMA=tma, FAR=config.far(row.block_n, k, v), PERSISTENT=persistent,
+        num_warps=row.num_warps, num_stages=row.num_stages, **constants(x),
+    )  # fmt: skip
+
+    row = rows.dkdv
+    n_tiles, n_heads = cdiv(n_k, row.block_n), x.batch * groups
+    n_work = n_tiles * n_heads
+    programs, persistent = config.grid(n_work, row, q.device)
+    index, count, *index_strides = block_lists(x, mask, row.block_n, row.block_m, True)
+    tma = row.tma and config.describable(x, q, grad_out)
+    queries, grads = (config.descriptor(tensor, row.block_m) if tma else tensor for tensor in (q, grad_out))
+    _dkdv[(programs,)](
+        queries, k, v, grads, lse, delta, dk, dv, bias, mask, x.alibi_slopes, x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_k,
+        x.seed, index, count, *strides(q), *strides(k), *strides(v), *strides(grad_out), *strides(dk), *strides(dv),
+        *lse_strides(lse), *strides4(bias), *strides4(mask), slope_stride(x), *index_strides, heads, group, n_q, n_k, n_tiles,
+        n_work, config.section(q, grad_out, 1, group * n_q, n_heads, n_tiles), n_heads, *numbers(x), BLOCK_M=row.block_m,
+        BLOCK_N=row.block_n, VARLEN=varlen, TMA=tma, FAR=config.far(row.block_m, q, grad_out), PERSISTENT=persistent,
+        num_warps=row.num_warps, num_stages=row.num_stages, **constants(x),
+    )  # fmt: skip
+    launch_clear_tails(x, dq, None, dk, dv)
+
+    if dbias is not None and bias is not None:
         row = rows.dq
-        n_tiles = cdiv(n_q, row.block_m)
-        n_work = n_tiles * x.batch * heads
-        index, count, *index_strides = block_lists(x, mask, row.block_m, row.block_n, False)
-        tma = row.tma and config.describable(x, k, v)
-        keys, values = (config.descriptor(tensor, row.block_n) if tma else tensor for tensor in (k, v))
-        _dq[(config.grid(n_work, row, q.device),)](
-            q, keys, values, out, grad_out, lse, grad_lse, delta, dq, bias, mask, x.alibi_slopes, x.cu_seqlens_q,
-            x.cu_seqlens_k, x.seqused_k, x.seed, index, count, *strides(q), *strides(k), *strides(v), *strides(out),
-            *strides(grad_out), *strides(dq), *lse_strides(lse), *strides4(bias), *strides4(mask), slope_stride(x),
-            *index_strides, heads, heads // groups, n_q, n_k, n_tiles, n_work,
-            config.section(k, v, heads, heads // groups, n_k), x.batch * heads, *numbers(x), BLOCK_M=row.block_m,
-            BLOCK_N=row.block_n, VARLEN=varlen, TMA=tma, num_warps=row.num_warps, num_stages=row.num_stages, **constants(x),
+        full = dbias[(None,) * (4 - dbias.dim())]
+        one = [size == 1 for size in full.shape]
+        n_q_tiles, n_k_tiles = cdiv(n_q, row.block_m), cdiv(n_k, row.block_n)
+        programs = full.shape[0] * full.shape[1] * (1 if one[2] else n_q_tiles) * (1 if one[3] else n_k_tiles)
+        _dbias[grid_x(programs)](
+            q, k, v, grad_out, lse, delta, full, bias, mask, x.alibi_slopes, x.seqused_k, x.seed, *strides(q), *strides(k),
+            *strides(v), *strides(grad_out), *lse_strides(lse), *full.stride(), *strides4(bias), *strides4(mask),
+            slope_stride(x), x.batch, heads, group, n_q, n_k, n_q_tiles, n_k_tiles, *numbers(x)[1:], ONE_B=one[0],
+            ONE_H=one[1], ONE_S=one[2], ONE_T=one[3], BLOCK_M=row.block_m, BLOCK_N=row.block_n, num_warps=row.num_warps,
+            num_stages=1, **constants(x),
         )  # fmt: skip
-        row = rows.dkdv
-        n_tiles = cdiv(n_k, row.block_n)
-        n_work = n_tiles * x.batch * groups
-        index, count, *index_strides = block_lists(x, mask, row.block_n, row.block_m, True)
-        tma = row.tma and config.describable(x, q, grad_out)
-        queries, grads = (config.descriptor(tensor, row.block_m) if tma else tensor for tensor in (q, grad_out))
-        _dkdv[(config.grid(n_work, row, q.device),)](
-            queries, k, v, grads, lse, delta, dk, dv, bias, mask, x.alibi_slopes, x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_k,
-            x.seed, index, count, *strides(q), *strides(k), *strides(v), *strides(grad_out), *strides(dk), *strides(dv),
-            *lse_strides(lse), *strides4(bias), *strides4(mask), slope_stride(x), *index_strides, heads, heads // groups, n_q,
-            n_k, n_tiles, n_work, config.section(q, grad_out, heads, heads // groups, n_q), x.batch * groups, *numbers(x),
-            BLOCK_M=row.block_m, BLOCK_N=row.block_n, VARLEN=varlen, TMA=tma, num_warps=row.num_warps,
-            num_stages=row.num_stages, **constants(x),
-        )  # fmt: skip
-        if dbias is not None and bias is not None:
-            row = rows.dq
-            full = dbias[(None,) * (4 - dbias.dim())]
-            one = [size == 1 for size in full.shape]
-            n_q_tiles, n_k_tiles = cdiv(n_q, row.block_m), cdiv(n_k, row.block_n)
-            grid = (1 if one[3] else n_k_tiles, 1 if one[2] else n_q_tiles, full.shape[0] * full.shape[1])
-            _dbias[grid](
-                q, k, v, grad_out, lse, delta, full, bias, mask, x.alibi_slopes, x.seqused_k, x.seed, *strides(q), *strides(k),
-                *strides(v), *strides(grad_out), *lse_strides(lse), *full.stride(), *strides4(bias), *strides4(mask),
-                slope_stride(x), x.batch, heads, heads // groups, n_q, n_k, n_q_tiles, n_k_tiles, *numbers(x)[1:],
-                ONE_B=one[0], ONE_H=one[1], ONE_S=one[2], ONE_T=one[3], BLOCK_M=row.block_m, BLOCK_N=row.block_n,
-                num_warps=row.num_warps, num_stages=1, **constants(x),
-            )  # fmt: skip
     return dq, dk, dv, dbias, delta

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .._launch import architecture, multiprocessors, next_power_of_2
+from .._launch import GRID_X, architecture, cdiv, multiprocessors, next_power_of_2
 from .reference import Inputs
 
 
@@ -95,12 +96,15 @@ def force(rows: Rows) -> Iterator[None]:
 def rows(x: Inputs) -> Rows:
     if _forced is not None:
         return _forced
-    arch = architecture(x.q.device)
+    return _rows(architecture(x.q.device), x.q.dtype, max(x.q.shape[-1], x.v.shape[-1]))
+
+
+@functools.cache
+def _rows(arch: int, dtype: torch.dtype, head_dim: int) -> Rows:
     if arch == 0:
         return _INTERPRETER
-    table = _FLOAT32 if x.q.dtype == torch.float32 else _TABLE[max((known for known in _TABLE if known <= arch), default=80)]
-    width = max(padded(x.q.shape[-1]), padded(x.v.shape[-1]))
-    return table[min(known for known in table if known >= width)]
+    table = _FLOAT32 if dtype == torch.float32 else _TABLE[max((known for known in _TABLE if known <= arch), default=80)]
+    return table[min(known for known in table if known >= padded(head_dim))]
 
 
 def forward(x: Inputs) -> Row:
@@ -112,28 +116,46 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
-def grid(n_work: int, row: Row, device: torch.device) -> int:
-    return min(n_work, multiprocessors(device)) if row.persistent else n_work
+def grid(n_work: int, row: Row, device: torch.device) -> tuple[int, bool]:
+    """(programs, whether each takes several units of the work). A persistent program counts on beyond the last unit by as
+    many as there are programs, and that must fit 32 bits, as n_work does."""
+    if n_work > GRID_X:
+        return GRID_X, True
+    persistent = row.persistent and n_work <= 2**30
+    return min(n_work, multiprocessors(device)) if persistent else n_work, persistent
 
 
-def section(k: Tensor, v: Tensor, heads: int, group: int, n_k: int) -> int:
-    """How many query heads work at the same time, so that their keys and values stay in the L2 cache (about 32 MiB)."""
+def section(k: Tensor, v: Tensor, group: int, n_k: int, n_heads: int, n_tiles: int) -> int:
+    """How many heads work at the same time, so that what they read stays in the L2 cache (about 32 MiB): k and v, n_k positions
+    of one head for each `group` of them. The work of a section is counted in 32 bits."""
     per_group = max(n_k * (k.shape[-1] + v.shape[-1]) * k.element_size(), 1)
-    return max(1, 2**25 // per_group) * group
+    return min(max(1, 2**25 // per_group) * group, n_heads, GRID_X // max(n_tiles, 1))
+
+
+def far(block: int, *tensors: Tensor) -> bool:
+    """Whether a number in a tile of `block` positions may lie 2^31 or more behind the tile's first one."""
+    return any((block - 1) * tensor.stride(-3) + tensor.shape[-1] >= 2**31 for tensor in tensors)
 
 
 def descriptor(tensor: Tensor, block: int) -> TensorDescriptor:
     """Tiles of `block` positions of one head of (batch, positions, heads, head_dim), for the tensor memory accelerator."""
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, block, 1, padded(tensor.shape[-1])])
+    return TensorDescriptor(tensor, list(tensor.shape), _described(tensor), [1, block, 1, padded(tensor.shape[-1])])
+
+
+def _described(tensor: Tensor) -> list[int]:
+    """Strides for a descriptor. That of a dimension of size 1 may be any number in PyTorch: here it is one that CUDA takes."""
+    whole = 16 // tensor.element_size()
+    valid = cdiv(tensor.shape[-1], whole) * whole
+    return [stride if size > 1 else valid for size, stride in zip(tensor.shape[:-1], tensor.stride())] + [1]
 
 
 def describable(x: Inputs, *tensors: Tensor) -> bool:
-    """Whether descriptors can address the tensors. Packed sequences and seqused_k end inside a tensor, where a descriptor would
-    go on reading: what is there may be NaN."""
-    return (
-        x.cu_seqlens_q is None
-        and x.seqused_k is None
-        and all(
-            t.data_ptr() % 16 == 0 and all(stride * t.element_size() % 16 == 0 for stride in t.stride()[:-1]) for t in tensors
-        )
-    )
+    """Whether descriptors can address the tensors, whose rows are dense. Packed sequences and seqused_k end inside a tensor,
+    where a descriptor would go on reading: what is there may be NaN."""
+    return x.cu_seqlens_q is None and x.seqused_k is None and all(map(_describable, tensors))
+
+
+def _describable(tensor: Tensor) -> bool:
+    """CUDA's rules for a tensor map: something in it, an address and strides of 16 bytes, strides below 2^40 and none 0."""
+    strides = [stride * tensor.element_size() for stride in _described(tensor)[:-1]]
+    return tensor.numel() > 0 and tensor.data_ptr() % 16 == 0 and all(n % 16 == 0 and 0 < n < 2**40 for n in strides)

@@ -6,20 +6,35 @@ over the tiles in which every score counts, without any mask arithmetic, and ove
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import cdiv, device_of
+from .._launch import cdiv, dense, device_of, grid_x, multiprocessors
 from . import config
 from .reference import Inputs
-from .tile import block_list, kept_by_dropout, load_tile, modified_scores, nth_masked, seen, sequence, tile_range, work_item
+from .tile import (
+    CHANGING,
+    block_list,
+    clear_tails,
+    kept_by_dropout,
+    load_tile,
+    modified_scores,
+    nth_masked,
+    seen,
+    sequence,
+    tile_range,
+    work_item,
+)
 
 LOG2E = 1.4426950408889634
+NO_LIMIT = 2**30  # the widest window: added to a position it stays below 2^31
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _forward(
     Q,
     K,
@@ -91,9 +106,12 @@ def _forward(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    FAR: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
-    # A grid smaller than the work makes the kernel persistent: each program takes every num_programs-th unit.
-    for work in range(tl.program_id(0), n_work, tl.num_programs(0)):
+    # PERSISTENT: each program takes every num_programs-th unit of work, otherwise one.
+    program = tl.program_id(0)
+    for work in range(program, n_work if PERSISTENT else program + 1, tl.num_programs(0) if PERSISTENT else 1):
         tile, b, h = work_item(work, n_tiles, heads, group, section, n_heads, RIGHT)
         q_start, sq = sequence(b, n_q, CuQ, None, VARLEN)
         k_start, sk = sequence(b, n_k, CuK, UsedK, VARLEN)
@@ -104,7 +122,7 @@ def _forward(
             d = tl.arange(0, BLOCK_D)
             dv = tl.arange(0, BLOCK_DV)
             b64, h64 = b.to(tl.int64), h.to(tl.int64)
-            g64 = h64 // group
+            g64 = (h // group).to(tl.int64)
             token = q_start + i.to(tl.int64)
             q_ptrs = Q + b64 * stride_qb + h64 * stride_qh + token[:, None] * stride_qs + d[None, :]
             q = tl.load(q_ptrs, mask=(i < sq)[:, None] & (d < D)[None, :], other=0.0)
@@ -113,7 +131,7 @@ def _forward(
                 v_base = V + b64 * stride_vb + g64 * stride_vh + k_start * stride_vt
             bias = Bias + b64 * stride_bias_b + h64 * stride_bias_h if Bias is not None else None
             mask = Mask + b64 * stride_mask_b + h64 * stride_mask_h if Mask is not None else None
-            slope = tl.load(Slopes + b * stride_slope_b + h) if Slopes is not None else None
+            slope = tl.load(Slopes + b64 * stride_slope_b + h) if Slopes is not None else None
             seed_key = tl.load(Seed) if DROPOUT else 0
             seed_counter = tl.load(Seed + 1).to(tl.uint32) if DROPOUT else 0
             bh = (b * heads + h).to(tl.uint32)
@@ -125,8 +143,8 @@ def _forward(
             n_masked = last - first - n_full
             index = None
             if Index is not None:
-                row = b * stride_index_b + h * stride_index_h + tile
-                index = Index + row.to(tl.int64) * index_end
+                row = b64 * stride_index_b + h64 * stride_index_h + tile
+                index = Index + row * index_end
                 n_masked = tl.load(Count + row * 2)
                 n_full = tl.load(Count + row * 2 + 1)
 
@@ -147,7 +165,7 @@ def _forward(
                     if TMA:
                         k = tl.trans(tl.reshape(K.load([b, j0, h // group, 0]), (BLOCK_N, BLOCK_D)))
                     else:
-                        k = load_tile(k_base, j0, stride_kt, sk, D, BLOCK_N, BLOCK_D, MASKED == 1, True)
+                        k = load_tile(k_base, j0, stride_kt, sk, D, BLOCK_N, BLOCK_D, MASKED == 1, True, FAR)
                     qk = tl.dot(q, k, input_precision=PRECISION)
                     inside = (i < sq)[:, None] & (j < sk)[None, :]
                     qk, _ = modified_scores(
@@ -191,7 +209,7 @@ def _forward(
                     if TMA:
                         v = tl.reshape(V.load([b, j0, h // group, 0]), (BLOCK_N, BLOCK_DV))
                     else:
-                        v = load_tile(v_base, j0, stride_vt, sk, DV, BLOCK_N, BLOCK_DV, MASKED == 1, False)
+                        v = load_tile(v_base, j0, stride_vt, sk, DV, BLOCK_N, BLOCK_DV, MASKED == 1, False, FAR)
                     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
                     row_max = new_max
             if Sinks is not None:
@@ -218,11 +236,11 @@ def contiguous_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def strides(tensor: Tensor) -> tuple[int, int, int]:
-    """(batch, position, head) strides; 0 for the batch of packed sequences."""
-    return (
-        (tensor.stride(0), tensor.stride(1), tensor.stride(2)) if tensor.dim() == 4 else (0, tensor.stride(0), tensor.stride(1))
-    )
+def strides(tensor: Tensor) -> tuple[int, ...]:
+    """(batch, position, head) strides; 0 for the batch of packed sequences. That of a dimension of size 1 may be any number in
+    PyTorch, and a kernel would be compiled for each kind: here it is 0."""
+    of = tuple(stride if size > 1 else 0 for size, stride in zip(tensor.shape[:-1], tensor.stride()))
+    return of if len(of) == 3 else (0, *of)
 
 
 def lse_strides(lse: Tensor) -> tuple[int, int]:
@@ -245,7 +263,7 @@ def strides4(tensor: Tensor | None) -> tuple[int, ...]:
 
 
 def slope_stride(x: Inputs) -> int:
-    return x.alibi_slopes.stride(0) if x.alibi_slopes is not None and x.alibi_slopes.dim() == 2 else 0
+    return x.alibi_slopes.shape[1] if x.alibi_slopes is not None and x.alibi_slopes.dim() == 2 else 0
 
 
 def exponent_factor(softmax_scale: float, raw: bool) -> float:
@@ -257,7 +275,8 @@ def numbers(x: Inputs) -> tuple[float, ...]:
     """factor, scale, softcap, left, right, threshold, keep_scale of the kernels."""
     factor = exponent_factor(x.softmax_scale, raw=x.bias is None and x.alibi_slopes is None and x.softcap == 0)
     threshold = int(x.dropout_p * 2**24)
-    return factor, x.softmax_scale, x.softcap or 1.0, x.window_left, x.window_right, threshold, 1 / (1 - x.dropout_p)
+    left, right = min(x.window_left, NO_LIMIT), min(x.window_right, NO_LIMIT)
+    return factor, x.softmax_scale, x.softcap or 1.0, left, right, threshold, 1 / (1 - x.dropout_p)
 
 
 def constants(x: Inputs) -> dict[str, object]:
@@ -273,12 +292,12 @@ def constants(x: Inputs) -> dict[str, object]:
 def block_lists(
     x: Inputs, mask: Tensor | None, rows: int, columns: int, transposed: bool
 ) -> tuple[Tensor | None, Tensor | None, int, int, int]:
-    """(Index, Count, their strides over batch and head in row tiles, column tiles) of `block_list`."""
+    """(Index, Count, their strides over batch and head in row tiles, column tiles) of `block_list`. Launches."""
     if mask is None:
         return None, None, 0, 0, 0
     s, t = x.lengths
     stride_b, stride_h, stride_r, stride_c = mask.stride()
-    left, right = x.window_left, x.window_right
+    left, right = min(x.window_left, NO_LIMIT), min(x.window_right, NO_LIMIT)
     if transposed:
         s, t, left, right, stride_r, stride_c = t, s, right, left, stride_c, stride_r
     batch = x.batch if stride_b or x.seqused_k is not None else 1
@@ -286,15 +305,40 @@ def block_lists(
     n_rows, n_columns = cdiv(s, rows), cdiv(t, columns)
     index = torch.empty(batch * heads * n_rows, max(n_columns, 1), dtype=torch.int32, device=mask.device)
     count = torch.empty(batch * heads * n_rows, 2, dtype=torch.int32, device=mask.device)
-    block_list[(n_rows, batch * heads)](
-        mask, x.seqused_k, index, count, stride_b, stride_h, stride_r, stride_c, heads, s, t, max(n_columns, 1), left, right,
-        USED_ROWS=transposed, TOP_LEFT=x.top_left, LEFT=left >= 0, RIGHT=right >= 0, ROWS=rows, COLUMNS=columns, num_warps=4,
+    block_list[grid_x(batch * heads * n_rows)](
+        mask, x.seqused_k, index, count, stride_b, stride_h, stride_r, stride_c, heads, s, t, n_rows, max(n_columns, 1), left,
+        right, USED_ROWS=transposed, TOP_LEFT=x.top_left, LEFT=left >= 0, RIGHT=right >= 0, ROWS=rows, COLUMNS=columns,
+        num_warps=4,
     )  # fmt: skip
     return index, count, heads * n_rows if batch > 1 else 0, n_rows if heads > 1 else 0, max(n_columns, 1)
 
 
+def dense_vectors(x: Inputs) -> Inputs:
+    """The same problem with its small tensors as the kernels read them."""
+    names = ("alibi_slopes", "s_aux", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "seed")
+    copies = {name: dense(getattr(x, name)) for name in names}
+    return x if all(getattr(x, name) is copies[name] for name in names) else replace(x, **copies)
+
+
+def launch_clear_tails(x: Inputs, q: Tensor, lse: Tensor | None, k: Tensor | None = None, v: Tensor | None = None) -> None:
+    """`clear_tails` of dense q, lse, k and v, where sequences are packed."""
+    if x.cu_seqlens_q is None:
+        return
+    widths = [0 if tensor is None else tensor.shape[1] * tensor.shape[2] for tensor in (q, k, v)]
+    most = max(tensor.numel() for tensor in (q, k, v) if tensor is not None)
+    clear_tails[(min(cdiv(most, 1024), 2 * multiprocessors(q.device)),)](
+        q, lse, k, v, x.cu_seqlens_q, x.cu_seqlens_k, x.batch, q.shape[1], q.shape[0], 0 if k is None else k.shape[0], *widths,
+        BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+
+
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a checked problem; launches on the current device and stream."""
+    """(out, lse) of a checked problem; launches on the current stream of q's device."""
+    with device_of(x.q):
+        return _launch(dense_vectors(x))
+
+
+def _launch(x: Inputs) -> tuple[Tensor, Tensor]:
     q, k, v = (contiguous_rows(tensor) for tensor in (x.q, x.k, x.v))
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse = q.new_empty(x.lse_shape(), dtype=torch.float32)
@@ -304,16 +348,18 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     row = config.forward(x)
     n_tiles, n_heads = cdiv(n_q, row.block_m), x.batch * heads
     n_work = n_tiles * n_heads
+    programs, persistent = config.grid(n_work, row, q.device)
     bias, mask = broadcast(x.bias, x), broadcast(x.mask, x)
     index, count, stride_index_b, stride_index_h, index_end = block_lists(x, mask, row.block_m, row.block_n, False)
     tma = row.tma and config.describable(x, k, v)
     keys, values = (config.descriptor(tensor, row.block_n) if tma else tensor for tensor in (k, v))
-    with device_of(q):
-        _forward[(config.grid(n_work, row, q.device),)](
-            q, keys, values, out, lse, bias, mask, x.alibi_slopes, x.s_aux, x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_k,
-            x.seed, index, count, *strides(q), *strides(k), *strides(v), *strides(out), *lse_strides(lse), *strides4(bias),
-            *strides4(mask), slope_stride(x), stride_index_b, stride_index_h, index_end, heads, group, n_q, n_k, n_tiles,
-            n_work, config.section(k, v, heads, group, n_k), n_heads, *numbers(x), BLOCK_M=row.block_m, BLOCK_N=row.block_n,
-            VARLEN=x.cu_seqlens_q is not None, TMA=tma, num_warps=row.num_warps, num_stages=row.num_stages, **constants(x),
-        )  # fmt: skip
+    _forward[(programs,)](
+        q, keys, values, out, lse, bias, mask, x.alibi_slopes, x.s_aux, x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_k, x.seed,
+        index, count, *strides(q), *strides(k), *strides(v), *strides(out), *lse_strides(lse), *strides4(bias),
+        *strides4(mask), slope_stride(x), stride_index_b, stride_index_h, index_end, heads, group, n_q, n_k, n_tiles, n_work,
+        config.section(k, v, group, n_k, n_heads, n_tiles), n_heads, *numbers(x), BLOCK_M=row.block_m, BLOCK_N=row.block_n,
+        VARLEN=x.cu_seqlens_q is not None, TMA=tma, FAR=config.far(row.block_n, k, v), PERSISTENT=persistent,
+        num_warps=row.num_warps, num_stages=row.num_stages, **constants(x),
+    )  # fmt: skip
+    launch_clear_tails(x, out, lse)
     return out, lse

@@ -8,6 +8,14 @@ log2 e) enters the exponent's fused multiply-add.
 import triton
 import triton.language as tl
 
+# Numbers that change from call to call. Triton would compile a kernel again where one is 1 or a multiple of 16; of the strides
+# only those of large tensors are worth that, because wide loads follow from them.
+CHANGING = (
+    "batch", "heads", "group", "groups", "n_heads", "n_q", "n_k", "n_rows", "n_columns", "n_column_tiles", "n_row_tiles",
+    "n_q_tiles", "n_k_tiles", "n_tiles", "n_work", "section", "left", "right", "threshold", "stride_lb", "stride_lh",
+    "stride_slope_b", "stride_index_b", "stride_index_h", "index_end", "q_tokens", "k_tokens",
+)  # fmt: skip
+
 
 @triton.jit
 def tile_range(r0, r1, n, diagonal, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK: tl.constexpr):
@@ -48,7 +56,8 @@ def work_item(work, n_tiles, heads, group, section, n_heads, HEAVY_LAST: tl.cons
     rank = rest // heads_here
     bh = s * section + rest % heads_here
     tile = n_tiles - 1 - rank if HEAVY_LAST else rank
-    return tile, bh // heads, bh % heads
+    # More than 2^31 units are counted in 64 bits, but each of the three fits 32.
+    return tile.to(tl.int32), (bh // heads).to(tl.int32), (bh % heads).to(tl.int32)
 
 
 @triton.jit
@@ -65,12 +74,23 @@ def sequence(b, n, Cu, Used, VARLEN: tl.constexpr):
 
 @triton.jit
 def load_tile(
-    base, r0, stride, n, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EDGE: tl.constexpr, TRANS: tl.constexpr
+    base,
+    r0,
+    stride,
+    n,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EDGE: tl.constexpr,
+    TRANS: tl.constexpr,
+    FAR: tl.constexpr,
 ):
     """Rows r0 .. r0 + ROWS (of n, where EDGE says that this must be asked) of a matrix of WIDTH columns, padded with 0."""
     r = tl.arange(0, ROWS)
     c = tl.arange(0, COLUMNS)
-    # One 64-bit scalar and 32-bit offsets: pointers of a tile's elements are its largest use of registers.
+    # One 64-bit scalar and 32-bit offsets, where they reach: pointers of a tile's elements are its largest use of registers.
+    if FAR:
+        r = r.to(tl.int64)
     start = base + r0.to(tl.int64) * stride
     if TRANS:
         offsets, rows, columns = r[None, :] * stride + c[:, None], (r0 + r < n)[None, :], (c < WIDTH)[:, None]
@@ -139,7 +159,7 @@ def kept_by_dropout(key, counter, bh, i0, j0, threshold, ROWS: tl.constexpr, COL
     return (tl.reshape(words, (ROWS, COLUMNS)) >> 8).to(tl.int32) >= threshold
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def block_list(
     Mask,
     Used,
@@ -152,6 +172,7 @@ def block_list(
     heads,
     n_rows,
     n_columns,
+    n_row_tiles,
     n_column_tiles,
     left,
     right,
@@ -168,7 +189,7 @@ def block_list(
     Count (B, H, row tiles, 2): how many. Rows and columns are queries and keys, or for dK and dV keys and queries (then left
     and right change places and USED_ROWS says that seqused_k counts rows).
     """
-    tile, bh = tl.program_id(0), tl.program_id(1)
+    tile, bh = tl.program_id(0) % n_row_tiles, tl.program_id(0) // n_row_tiles
     b, h = bh // heads, bh % heads
     rows_here, columns_here = n_rows, n_columns
     if Used is not None:
@@ -183,7 +204,8 @@ def block_list(
     )
     if r0 >= rows_here:
         last = first
-    out = (bh.to(tl.int64) * tl.num_programs(0) + tile) * n_column_tiles
+    row = bh.to(tl.int64) * n_row_tiles + tile
+    out = row * n_column_tiles
     r = r0 + tl.arange(0, ROWS)
     base = Mask + b.to(tl.int64) * stride_mask_b + h.to(tl.int64) * stride_mask_h + r.to(tl.int64)[:, None] * stride_mask_r
     partial, full = 0, 0
@@ -199,6 +221,32 @@ def block_list(
         elif some > 0:
             tl.store(Index + out + partial, t)
             partial += 1
-    count = Count + (bh * tl.num_programs(0) + tile) * 2
-    tl.store(count, partial)
-    tl.store(count + 1, full)
+    tl.store(Count + row * 2, partial)
+    tl.store(Count + row * 2 + 1, full)
+
+
+@triton.jit
+def _zero_rows(X, first, n, width, BLOCK: tl.constexpr):
+    """Rows first .. n of a dense matrix of `width` columns."""
+    end = n.to(tl.int64) * width
+    for at in range(first.to(tl.int64) * width + tl.program_id(0) * BLOCK, end, tl.num_programs(0) * BLOCK):
+        offsets = at + tl.arange(0, BLOCK)
+        tl.store(X + offsets, tl.zeros((BLOCK,), X.dtype.element_ty), mask=offsets < end)
+
+
+@triton.jit(do_not_specialize=CHANGING)
+def clear_tails(Q, Lse, K, V, CuQ, CuK, batch, heads, q_tokens, k_tokens, q_width, k_width, v_width, BLOCK: tl.constexpr):
+    """What packed tokens behind the last sequence get: rows of zeros in the dense Q (q_tokens, q_width), K and V, and -inf in
+    Lse (heads, q_tokens). Where the last sequence ends only the device knows, so a fixed number of programs looks there."""
+    q_end = tl.load(CuQ + batch)
+    _zero_rows(Q, q_end, q_tokens, q_width, BLOCK)
+    if Lse is not None:
+        for h in range(tl.program_id(0), heads, tl.num_programs(0)):
+            for i0 in range(q_end, q_tokens, BLOCK):
+                i = i0 + tl.arange(0, BLOCK)
+                at = h.to(tl.int64) * q_tokens + i
+                tl.store(Lse + at, tl.full((BLOCK,), float("-inf"), tl.float32), mask=i < q_tokens)
+    if K is not None:
+        k_end = tl.load(CuK + batch)
+        _zero_rows(K, k_end, k_tokens, k_width, BLOCK)
+        _zero_rows(V, k_end, k_tokens, v_width, BLOCK)
