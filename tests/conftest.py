@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import re
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,18 +25,69 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# A skip for one of these tools hides what was never tested. CI has them all.
+TOOLS = re.compile(
+    r"could not import|for Linux alone|too old|nvcc|g\+\+|gcc|compiler|csrc/|wikigpt\._C (is|does)|package kernels"
+)
+IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--sample",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of every test each N-th case: for a second version of a package",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("PYTEST_XDIST_WORKER"):
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+def pytest_report_header() -> str:
+    return ", ".join(f"{d.name} {d.version}" for d in importlib.metadata.distributions() if d.name in ("torch", "triton"))
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k, so that what they leave is what is sampled
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    every, seen = config.getoption("--sample"), Counter[Any]()
+    kept, left_out = [], []
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        key = item.path, getattr(item, "originalname", item.name)
+        (left_out if seen[key] % every else kept).append(item)
+        seen[key] += 1
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
+
+
+def fail_for_a_missing_tool(report: Any) -> None:
+    """In CI a test that is skipped for want of a tool has failed."""
+    if IN_CI and report.skipped and not hasattr(report, "wasxfail") and TOOLS.search(str(report.longrepr)):
+        report.outcome = "failed"
+        report.longrepr = f"in CI nothing is skipped for a missing tool: {report.longrepr}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[None]:
+    report = yield
+    fail_for_a_missing_tool(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Iterator[None]:
+    report = yield
+    fail_for_a_missing_tool(report)
+    return report
 
 
 def wikitext_directory() -> Path | None:
