@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -145,6 +145,25 @@ def _signature(kernel: Any) -> _Signature:
     return _Signature(_name(source.fn), parameters, _aligned(source.fn, source.attrs))
 
 
+GRID = (2**31 - 1, 65_535, 65_535)  # CUDA's limits
+
+
+def broken_limits(launches: Iterable[Launch], arch: int) -> list[str]:
+    """What a GPU would refuse or read wrong in these launches, in words."""
+    broken = []
+    for launch in launches:
+        for axis, size, most in zip("xyz", launch.grid, GRID):
+            if not 1 <= size <= most:
+                broken.append(f"{launch.kernel}: grid {axis} is {size:,}, allowed are 1 to {most:,}")
+        if launch.shared > CARDS[arch].shared:
+            broken.append(f"{launch.kernel}: {launch.shared:,} bytes of shared memory, allowed are {CARDS[arch].shared:,}")
+        for name in sorted(launch.aligned):
+            value = launch.arguments[name]
+            if value % 16:
+                broken.append(f"{launch.kernel}: {name} is {value}, the kernel was compiled for a multiple of 16")
+    return broken
+
+
 class _Record(ctypes.Structure):
     _fields_ = (
         ("function", ctypes.c_uint64),
@@ -222,6 +241,17 @@ class Recorder:
         for kernel in self._kernels:
             kernel.device_caches.clear()
         self.clear()
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Inside the block nothing is compiled, and specialisations are counted as in a new process."""
+        before, self.compiles = self.compiles, "none"
+        self.forget_kernels()
+        try:
+            yield
+        finally:
+            self.compiles = before
+            self.forget_kernels()
 
     def _loaded(self, kernel: Any) -> None:
         """Tell libcuda what parameters a function has, so that it keeps them."""

@@ -1,0 +1,92 @@
+"""Every public function up to the launch, on a GPU that is not there: compiled for it, specialised, launched, not computed.
+
+Between the interpreter, which shows what kernels compute, and hardware: what would fail or stall there before a kernel begins.
+Processes with a fake GPU (bench/fake_gpu.py) run what tests/launch_cases.py names, because in this one Triton interprets.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="triton, which compiles and launches, is for Linux alone")
+
+from bench import fake_gpu
+from tests import launch_cases as cases
+
+pytestmark = pytest.mark.slow
+
+Process = Callable[..., Any]  # (function of launch_cases, arguments) -> what it gives there
+# What is compiled for other architectures: matrix units, descriptors and block sizes differ there.
+OTHER_ARCHITECTURES = ("flash causal", "flash bias", "flash mask", "varlen", "kvcache paged", "layer_norm", "swiglu", "rotary")
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[Callable[[int], Process]]:
+    """Processes with a fake GPU, by architecture. Each lives as long as this file, because it takes seconds to start; what is
+    compiled in it is in Triton's own cache for the next."""
+    pools: dict[int, ProcessPoolExecutor] = {}
+
+    def of(arch: int) -> Process:
+        if arch not in pools:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.delenv("TRITON_INTERPRET", raising=False)
+                patch.setenv(fake_gpu.ASKED, str(arch))
+                patch.setenv("OMP_NUM_THREADS", "1")
+                pools[arch] = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+                pools[arch].submit(int).result()  # it starts with the first task
+        return lambda function, *arguments: pools[arch].submit(function, *arguments).result()
+
+    yield of
+    for pool in pools.values():
+        pool.shutdown()
+
+
+@pytest.fixture
+def h100(process) -> Process:
+    return process(90)
+
+
+# --- each function and feature --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_it_is_launched_within_the_limits_and_waits_for_nothing(name, h100):
+    """Compiled for sm_90, forward and backward. One test, because what takes the time is to compile."""
+    found = h100(cases.run, name)
+    assert found.launches or name in cases.EXTENSION
+    assert not fake_gpu.broken_limits(found.launches, 90)
+
+
+@pytest.mark.parametrize("arch", [80, 100], ids="sm_{}".format)
+@pytest.mark.parametrize("name", OTHER_ARCHITECTURES)
+def test_it_is_launched_within_the_limits_of_other_architectures(name, arch, process):
+    found = process(arch)(cases.run, name)
+    assert found.launches
+    assert not fake_gpu.broken_limits(found.launches, arch)
+
+
+@pytest.mark.parametrize("name", cases.ATTENTION | cases.OTHERS)
+def test_it_is_launched_where_its_tensors_are(name, h100):
+    launches = h100(cases.run_elsewhere, name).launches
+    assert launches
+    assert {launch.device for launch in launches} == {1}, "0 is the current device, the tensors are on 1"
+
+
+@pytest.mark.parametrize("name", cases.EXTREMES)
+def test_extreme_shapes_are_launched_within_the_limits(name, h100):
+    found = h100(cases.run_extreme, name)
+    assert found.launches
+    assert not fake_gpu.broken_limits(found.launches, 90)
+
+
+@pytest.mark.parametrize("name", cases.SWEEPS)
+def test_other_sizes_compile_no_other_kernel(name, h100):
+    compiled = h100(cases.sweep, name).compiled
+    assert compiled
+    allowed = cases.SWEEPS[name].allowed
+    assert not {kernel: count for kernel, count in compiled.items() if count > allowed.get(kernel, 1)}
