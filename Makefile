@@ -5,14 +5,21 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Arguments for the commands, for example: make train ARGS="--preset cpu-small"
 ARGS ?=
+# The Triton of the machine with a GPU, in a folder that Python looks into before .venv.
+TRITON36 := 3.6.0
+BEFORE := $(abspath $(VENV))/triton-$(TRITON36)
+INTERPRETED36 := $(wildcard $(patsubst %,tests/test_%.py,interpreter activation attention_decode attention_limits \
+	attention_triton cross_entropy linear_cross_entropy norm_triton rotary tune))
+COMPILED36 := $(wildcard $(patsubst %,tests/test_%.py,compile launch variants))
 # Tests run one process a core, each on one thread.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help setup train test test-full bench bench-report gpu-check hub-kernel lint format clean
+.PHONY: help setup train test test-full test-triton36 bench bench-report gpu-check hub-kernel lint format clean
 
 help:
 	@echo "make train      train a small GPT (about two minutes on a CPU), evaluate it, continue a text"
 	@echo "make test       run the tests (make test-full: with the full product of every grid)"
+	@echo "make test-triton36   a part of the kernels' tests, on Triton $(TRITON36)"
 	@echo "make bench      run the benchmarks (bench/); make bench-report: docs/benchmarks.md from bench/results/"
 	@echo "make gpu-check  on a machine with a GPU: tests, benchmarks, training; writes bench/results/; again: goes on"
 	@echo "make hub-kernel writes kernels/ as a kernel for the Hugging Face Hub to build/hub-kernel"
@@ -37,6 +44,18 @@ test: $(READY)
 
 test-full: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "full or not full" $(ARGS)
+
+$(BEFORE)/.ready: $(READY)
+	@echo "== installing Triton $(TRITON36) beside the other =="
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(BEFORE) triton==$(TRITON36)
+	@touch $@
+
+# Every seventh case of the interpreter's tests (seven divides the length of no grid), all that compiles for sm_90, all launches.
+test-triton36: $(BEFORE)/.ready
+	PYTHONPATH=$(BEFORE) $(BIN)/python -c "import triton; assert triton.__version__ == '$(TRITON36)', triton.__version__"
+	PYTHONPATH=$(BEFORE) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS) --sample 7 $(INTERPRETED36)
+	PYTHONPATH=$(BEFORE) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS) \
+		-k "not test_compile.py or sm_90" $(COMPILED36)
 
 bench: $(READY)
 	$(BIN)/python -m pytest bench $(ARGS)
