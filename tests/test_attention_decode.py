@@ -5,7 +5,11 @@ see holds NaN, and every entry of a block table that no key needs points beyond 
 """
 
 import functools
+import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -290,6 +294,25 @@ def test_a_split_result_is_the_same_bits_every_time():
     assert torch.equal(first[1], second[1])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [90, *(pytest.param(arch, marks=pytest.mark.full) for arch in (80, 86))])
+def test_as_many_blocks_are_counted_on_a_multiprocessor_as_the_compiler_leaves_room_for(arch):
+    from wikigpt.kernels.attention.decode import config, resident
+
+    script = (
+        "import json; from wikigpt.kernels import compile_report as r; "
+        f"print(json.dumps([(k.case, k.blocks) for n in ('64', '128', '256') for case in r.cases('attention_decode', "
+        f"f'bfloat16 {{n}}') for k in r.report('attention_decode', {arch}, case) if k.name == '_decode']))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    found = json.loads(subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, check=True).stdout)
+    assert len(found) == 6
+    for case, blocks in found:
+        _, width, kind = case.split()
+        row = config(arch, int(width), torch.bfloat16, 4, kind == "paged")
+        assert resident(arch, row["BLOCK_M"], row["BLOCK_N"], 2 * int(width), torch.bfloat16) == blocks, case
+
+
 def test_few_programs_share_the_keys_and_many_do_not():
     from wikigpt.kernels.attention.decode import splits_for
 
@@ -394,6 +417,77 @@ def test_a_cache_may_be_larger_than_two_to_the_31_numbers(dimension, tmp_path):
     assert torch.equal(out, flash_attn_with_kvcache(**dense, backend="triton"))
     assert torch.equal(bits(x["k_cache"].contiguous()), bits(dense["k_cache"]))
     assert out.shape == expected[0].shape
+
+
+IDLE = {
+    "one new key": {},
+    "several new keys": {"N": 5, "S": 5, "causal": True},
+    "in splits": {"num_splits": 3},
+    "nothing new": {"N": 0},
+    "turned": {"N": 3, "S": 3, "causal": True, "rotary": 12},
+    "in pages": {"page": 16, "N": 3},
+    "by index": {"batch_idx": True},
+}
+
+
+@pytest.mark.parametrize("length", [-1, -40])
+@pytest.mark.parametrize("kind", IDLE)
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_a_sequence_of_negative_length_is_idle(backend, kind, length):
+    """Nothing of it is written, in the cache or before it, and its rows see no key."""
+    x = problem(**IDLE[kind])
+    before, busy = {name: x[name].clone() for name in CACHES}, run(x, backend)
+    x["cache_seqlens"][0] = length
+    # The cache begins a few rows into memory: what lies before it would be hit by a negative position.
+    for name in CACHES:
+        memory = torch.full((64 + len(x[name]), *x[name].shape[1:]), 7.0, device=DEVICE)
+        x[name] = memory[64:].copy_(x[name])
+        x[name].before = memory[:64]
+    out, lse = flash_attn_with_kvcache(**x, return_softmax_lse=True, backend=backend)
+    assert (out[0] == 0).all()
+    assert (lse[0] == -math.inf).all()
+    torch.testing.assert_close(out[1], busy[0][1])
+    torch.testing.assert_close(lse[1], busy[1][1])
+    for name, after in zip(CACHES, busy[2:]):
+        assert (x[name].before == 7).all()
+        written = bits(after) != bits(before[name])
+        mine = [place(x, 1, 20 + i) for i in range(IDLE[kind].get("N", 1))]
+        expected = before[name].clone()
+        for where in mine:
+            assert IDLE[kind].get("N", 1) == 0 or written[where].any()
+            expected[where] = after[where]
+        assert torch.equal(bits(x[name]), bits(expected))
+
+
+def test_a_sink_takes_all_of_an_idle_sequence():
+    x = problem(sink=True)
+    x["cache_seqlens"][0] = -1
+    out, lse, *_ = run(x, "triton")
+    assert (out[0] == 0).all()
+    torch.testing.assert_close(lse[0, :, 0], x["s_aux"])
+
+
+@pytest.mark.parametrize("name", ["cache_seqlens", "cache_leftpad", "cache_batch_idx", "alibi_slopes", "s_aux", "rotary"])
+def test_small_tensors_may_be_strided(name):
+    x = problem(leftpad=(3, 2), alibi=True, sink=True, rotary=8, batch_idx=True)
+    expected = run(x, "triton")
+    for given in ("rotary_cos", "rotary_sin") if name == "rotary" else (name,):
+        gaps = torch.stack((x[given], torch.zeros_like(x[given])), dim=-1)
+        x[given] = gaps[..., 0]
+    assert all(torch.equal(bits(got), bits(wanted)) for got, wanted in zip(run_as_given(x, "triton"), expected))
+
+
+def run_as_given(x, backend):
+    """`run` with the strides of everything but the caches, of which it takes copies."""
+    x = x | {name: x[name].clone() for name in CACHES}
+    return *flash_attn_with_kvcache(**x, return_softmax_lse=True, backend=backend), x["k_cache"], x["v_cache"]
+
+
+def test_a_window_may_be_wider_than_any_cache():
+    x = problem(S=3, N=3)
+    expected = run(x, "triton")
+    for window in ((2**31 - 1, 2**31 - 1), (2**40, 2**40)):
+        assert torch.equal(run(x | {"window_size": window}, "triton")[0], expected[0])
 
 
 # --- edges ----------------------------------------------------------------------------------------------------------
@@ -547,7 +641,6 @@ BAD = [
 ]
 BAD_VALUES = [
     ({"cache_seqlens": i32(3, 60)}, r"cache_seqlens: got \[3, 60\], the cache has room for 0 to 59"),
-    ({"cache_seqlens": i32(-1, 6)}, r"cache_seqlens: got \[-1, 6\]"),
     ({"cache_batch_idx": i32(0, 2)}, r"cache_batch_idx: got \[0, 2\], k_cache has 2 sequences"),
     ({"cache_leftpad": i32(0, -2)}, r"cache_leftpad: got \[0, -2\], must be 0 or more"),
     ({"block_table": i32(0, 2)[:, None]}, r"block_table: got \[2\], k_cache has 2 pages"),

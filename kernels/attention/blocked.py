@@ -95,6 +95,9 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x.q.dtype, torch.float32)
     out = x.q.new_empty(*x.q.shape[:-1], x.v.shape[-1])
     lse = x.q.new_empty(x.lse_shape(), dtype=wide)
+    if x.cu_seqlens_q is not None:  # tokens behind the last sequence see no key
+        end = int(x.cu_seqlens_q[-1])
+        out[end:], lse[:, end:] = 0.0, -math.inf
     for b in range(x.batch):
         one = _one(x, b)
         # A problem of its own is also the view of sequence b of what has a row for each query.

@@ -14,20 +14,19 @@ With one split `_decode` writes the result and `_combine` does not run. Offsets 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import architecture, cdiv, device_of, multiprocessors, next_power_of_2
+from .._launch import GRID_X, architecture, cdiv, dense, device_of, grid_x, multiprocessors
 from .config import padded
-from .forward import contiguous_rows, exponent_factor
+from .forward import NO_LIMIT, contiguous_rows, exponent_factor, strides
 from .kvcache import MAX_SPLITS, CacheInputs
 from .tile import _tanh
-
-NO_LIMIT = 2**30  # the width of a window without a limit; added to positions it stays below 2^31
-
 
 # --- append ---------------------------------------------------------------------------------------------------------
 
@@ -41,7 +40,7 @@ def _turned(x, X, Cos, Sin, position, inside, d, n_positions, ROTARY_DIM: tl.con
     else:
         pair, first, partner = d % HALF, d < HALF, (d + HALF) % ROTARY_DIM
     turns = inside[:, None] & (d < ROTARY_DIM)[None, :]
-    known = turns & (position < n_positions)[:, None]  # a position beyond the table does not turn
+    known = turns & ((position >= 0) & (position < n_positions))[:, None]  # a position beyond the table does not turn
     angle = position.to(tl.int64)[:, None] * HALF + pair[None, :]
     cos = tl.load(Cos + angle, mask=known, other=1.0).to(tl.float32)
     sin = tl.load(Sin + angle, mask=known, other=0.0).to(tl.float32)
@@ -51,7 +50,14 @@ def _turned(x, X, Cos, Sin, position, inside, d, n_positions, ROTARY_DIM: tl.con
     return tl.where(turns, turned.to(x.dtype), x)
 
 
-@triton.jit(do_not_specialize=["seqlen", "n_new", "capacity", "n_blocks", "n_positions"])
+# Lengths, counts and strides of small tensors change from call to call and from model to model: none is worth a compilation.
+_CHANGING = (
+    "seqlen", "n_new", "capacity", "n_q", "n_blocks", "n_positions", "n_parts", "n_splits", "n_rows", "n_tiles", "batch",
+    "heads", "groups", "left", "right", "stride_table", "stride_slope",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_CHANGING)
 def _append(
     Q,
     K,
@@ -85,6 +91,7 @@ def _append(
     n_q,
     n_new,
     n_blocks,
+    n_parts,
     heads,
     groups,
     n_positions,
@@ -97,8 +104,10 @@ def _append(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Program (b and block of positions, one head of k, then of v, then of q)."""
-    b, block, head = tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks, tl.program_id(1)
+    """Program (b, block of positions, one of the n_parts: a head of k, then of v, then of q). A sequence of negative length is
+    idle: nothing of it is written."""
+    head, block = tl.program_id(0) % n_parts, tl.program_id(0) // n_parts % n_blocks
+    b = tl.program_id(0) // n_parts // n_blocks
     b64 = b.to(tl.int64)
     i = block * BLOCK_S + tl.arange(0, BLOCK_S)
     i64 = i.to(tl.int64)
@@ -119,7 +128,7 @@ def _append(
             tl.store(out[:, None] + d[None, :], q, mask=ok)
     else:
         position = start + i
-        inside = (i < n_new) & (position < capacity)
+        inside = (i < n_new) & (position < capacity) & (start >= 0)
         if Table is not None:
             page = tl.load(Table + b64 * stride_table + position // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
             slot = (position % PAGE_SIZE).to(tl.int64)
@@ -239,7 +248,7 @@ def _with_sink(row_max, row_sum, sink):
     return shrink, new_max, row_sum * shrink + tl.exp2(sink * 1.4426950408889634 - safe_max)
 
 
-@triton.jit(do_not_specialize=["seqlen", "n_new", "capacity", "batch", "n_tiles", "left", "right"])
+@triton.jit(do_not_specialize=_CHANGING)
 def _decode(
     Q,
     K,
@@ -305,7 +314,7 @@ def _decode(
     start = seqlen
     if Seqlens is not None:
         start = tl.load(Seqlens + b)
-    n_keys = tl.minimum(start + n_new, capacity)
+    n_keys = tl.where(start < 0, 0, tl.minimum(start + n_new, capacity))
     n_pad = n_keys * 0
     if Leftpad is not None:
         n_pad = tl.load(Leftpad + b)
@@ -329,7 +338,7 @@ def _decode(
 
     q_ptrs = Q + b64 * stride_qb + i.to(tl.int64) * stride_qs + h.to(tl.int64) * stride_qh
     q = tl.load(q_ptrs[:, None] + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
-    slope = tl.load(Slopes + b * stride_slope + h, mask=real, other=0.0) if Slopes is not None else None
+    slope = tl.load(Slopes + b64 * stride_slope + h, mask=real, other=0.0) if Slopes is not None else None
     K += g64 * stride_kh
     V += g64 * stride_vh
     table = Table
@@ -370,7 +379,7 @@ def _decode(
     lse = tl.where(row_sum == 0, float("-inf"), row_max + tl.log2(safe_sum))
     if not SPLITS:
         lse = lse * 0.6931471805599453
-    part = split * batch + b64
+    part = split.to(tl.int64) * batch + b64
     tl.store(Lse + (part * heads + h) * n_q + i, lse, mask=real)
     out = Out + ((part * n_q + i) * heads + h) * DV
     tl.store(out[:, None] + dv[None, :], acc.to(Out.dtype.element_ty), mask=real[:, None] & (dv < DV)[None, :])
@@ -379,7 +388,7 @@ def _decode(
 # --- combine --------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["n_splits"])
+@triton.jit(do_not_specialize=_CHANGING)
 def _combine(
     Parts,
     PartLse,
@@ -443,6 +452,19 @@ def config(arch: int, head_dim: int, dtype: torch.dtype, n_rows: int, paged: boo
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 5 if paged and not wide else 3}
 
 
+# Shared memory of a multiprocessor, KiB: CUDA C++ programming guide, "Technical specifications per compute capability".
+_SHARED = {80: 164, 86: 100, 87: 164, 89: 100, 90: 228, 120: 100}
+
+
+def resident(arch: int, block_m: int, block_n: int, width: int, dtype: torch.dtype) -> int:
+    """How many blocks of `_decode` a multiprocessor runs at a time; width is head_dim of q and v together. Two tiles of keys
+    and of values are in flight, beside the queries and their weights; CUDA and Triton take a KiB each. Registers allow three
+    blocks."""
+    block = (2 * block_n * width + block_m * (width // 2 + block_n)) * dtype.itemsize + 2048
+    shared = _SHARED[max((known for known in _SHARED if known <= arch), default=90)]
+    return max(1, min(3, shared * 1024 // block))
+
+
 @functools.lru_cache(4096)
 def splits_for(programs: int, blocks: int, slots: int) -> int:
     """Into how many parts to divide `blocks` blocks of keys when `programs` programs have them all to read, on a device
@@ -455,10 +477,20 @@ def splits_for(programs: int, blocks: int, slots: int) -> int:
     return min(range(1, max(1, min(blocks, MAX_SPLITS)) + 1), key=time)
 
 
+def _dense_vectors(x: CacheInputs) -> CacheInputs:
+    """The same problem with its small tensors as the kernels read them."""
+    names = ("rotary_cos", "rotary_sin", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "alibi_slopes", "s_aux")
+    copies: dict[str, Any] = {name: dense(getattr(x, name)) for name in names}
+    if x.block_table is not None:
+        copies["block_table"] = contiguous_rows(x.block_table)
+    return x if all(getattr(x, name) is copy for name, copy in copies.items()) else replace(x, **copies)
+
+
 def forward(x: CacheInputs) -> tuple[Tensor, Tensor]:
     """(out, lse) of a checked problem; writes into the caches; launches on the current stream of q's device."""
     out, lse = x.empty()
     with device_of(x.q):
+        x = _dense_vectors(x)
         q = _launch_append(x)
         if lse.numel() > 0:
             _launch_decode(x, q, out, lse)
@@ -472,15 +504,14 @@ def _launch_append(x: CacheInputs) -> Tensor:
     longest = max(x.n_new, n_q) if turns else x.n_new
     if x.k is None or x.v is None or batch * longest * groups == 0:
         return q
-    k, v, table = contiguous_rows(x.k), contiguous_rows(x.v), None if x.block_table is None else contiguous_rows(x.block_table)
-    cos, sin = (None if tensor is None else tensor.contiguous() for tensor in (x.rotary_cos, x.rotary_sin))
+    k, v, table, cos, sin = contiguous_rows(x.k), contiguous_rows(x.v), x.block_table, x.rotary_cos, x.rotary_sin
     turned = torch.empty_like(q, memory_format=torch.contiguous_format) if turns else None
-    block_s = min(16, next_power_of_2(longest))
-    n_blocks = cdiv(longest, block_s)
-    _append[(batch * n_blocks, 2 * groups + (heads if turns else 0))](
+    block_s = 1 if longest == 1 else 16  # two kernels, one for a single new token
+    n_blocks, n_parts = cdiv(longest, block_s), 2 * groups + (heads if turns else 0)
+    _append[grid_x(batch * n_blocks * n_parts)](
         q, k, v, turned, x.k_cache, x.v_cache, cos, sin, x.cache_seqlens, x.cache_batch_idx, table,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *x.k_cache.stride()[:3], *x.v_cache.stride()[:3],
-        0 if table is None else table.stride(0), x.start, x.capacity, n_q, x.n_new, n_blocks, heads, groups,
+        *strides(q), *strides(k), *strides(v), *strides(x.k_cache), *strides(x.v_cache),
+        0 if table is None else table.stride(0), x.start, x.capacity, n_q, x.n_new, n_blocks, n_parts, heads, groups,
         0 if cos is None else cos.shape[0], D=dim, DV=v.shape[3], ROTARY_DIM=0 if cos is None else 2 * cos.shape[1],
         INTERLEAVED=x.rotary_interleaved, ADVANCES=x.advances,
         PAGE_SIZE=0 if table is None else x.k_cache.shape[1], BLOCK_S=block_s, BLOCK_D=padded(max(dim, v.shape[3])),
@@ -491,36 +522,41 @@ def _launch_append(x: CacheInputs) -> Tensor:
 
 def _launch_decode(x: CacheInputs, q: Tensor, out: Tensor, lse: Tensor) -> None:
     (batch, n_q, heads, dim), groups, dim_v = q.shape, x.k_cache.shape[2], x.v_cache.shape[3]
-    table = None if x.block_table is None else contiguous_rows(x.block_table)
+    table = x.block_table
     n_rows = heads // groups * n_q
-    blocks = config(architecture(q.device), max(dim, dim_v), q.dtype, n_rows, table is not None)
+    arch = architecture(q.device)
+    blocks = config(arch, max(dim, dim_v), q.dtype, n_rows, table is not None)
     n_tiles = cdiv(n_rows, blocks["BLOCK_M"])
     programs = batch * groups * n_tiles
     # The most keys a tile can see, as far as is known without asking the device.
     n_keys = x.capacity if x.cache_seqlens is not None else x.start + x.n_new
     if x.window_left >= 0:
         n_keys = min(n_keys, x.window_left + (n_q if x.window_right < 0 else x.window_right + blocks["BLOCK_M"]))
-    slots = 2 * multiprocessors(q.device)
+    slots = multiprocessors(q.device) * resident(
+        arch, blocks["BLOCK_M"], blocks["BLOCK_N"], padded(dim) + padded(dim_v), q.dtype
+    )
     splits = x.num_splits or splits_for(programs, cdiv(n_keys, blocks["BLOCK_N"]), slots)
+    if lse.numel() > GRID_X:  # more rows than `_combine` can have programs: there is enough to do without splits
+        splits = 1
     part, part_lse = out, lse
     if splits > 1:
         part = torch.empty((splits, *out.shape), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=q.device)
     plain = x.softcap == 0 and x.alibi_slopes is None
-    _decode[(programs, splits)](
+    _decode[(*grid_x(programs), splits)](
         q, x.k_cache, x.v_cache, part, part_lse, x.cache_seqlens, x.cache_batch_idx, x.cache_leftpad, table,
-        x.alibi_slopes, x.s_aux, *q.stride()[:3], *x.k_cache.stride()[:3], *x.v_cache.stride()[:3],
+        x.alibi_slopes, x.s_aux, *strides(q), *strides(x.k_cache), *strides(x.v_cache),
         0 if table is None else table.stride(0),
-        x.alibi_slopes.stride(0) if x.alibi_slopes is not None and x.alibi_slopes.dim() == 2 else 0,
+        heads if x.alibi_slopes is not None and x.alibi_slopes.dim() == 2 else 0,
         x.start, x.n_new, x.capacity, n_q, heads, groups, n_tiles, batch,
-        x.window_left if x.window_left >= 0 else NO_LIMIT, x.window_right if x.window_right >= 0 else NO_LIMIT,
+        *(min(n, NO_LIMIT) if n >= 0 else NO_LIMIT for n in (x.window_left, x.window_right)),
         x.softmax_scale, x.softcap, exponent_factor(x.softmax_scale, plain),
         D=dim, DV=dim_v, GROUP=heads // groups, PAGE_SIZE=0 if table is None else x.k_cache.shape[1],
         LEFT=x.window_left >= 0, SOFTCAP=x.softcap > 0, SPLITS=splits > 1,
         BLOCK_D=padded(dim), BLOCK_DV=padded(dim_v), **blocks,
     )  # fmt: skip
     if splits > 1:
-        _combine[(lse.numel(),)](
+        _combine[grid_x(lse.numel())](
             part, part_lse, out, lse, x.s_aux, splits, lse.numel(), n_q, heads,
             DV=dim_v, BLOCK_SPLITS=16, BLOCK_DV=padded(dim_v), num_warps=4,
         )  # fmt: skip

@@ -7,6 +7,7 @@ over the tiles in which every score counts, without any mask arithmetic, and ove
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -316,7 +317,7 @@ def block_lists(
 def dense_vectors(x: Inputs) -> Inputs:
     """The same problem with its small tensors as the kernels read them."""
     names = ("alibi_slopes", "s_aux", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "seed")
-    copies = {name: dense(getattr(x, name)) for name in names}
+    copies: dict[str, Any] = {name: dense(getattr(x, name)) for name in names}
     return x if all(getattr(x, name) is copies[name] for name in names) else replace(x, **copies)
 
 

@@ -112,8 +112,8 @@ def check_values(x: Inputs) -> None:
         if tensor is None:
             continue
         ends = tensor.tolist()
-        if ends[0] != 0 or ends[-1] != tokens.shape[0] or any(a > b for a, b in itertools.pairwise(ends)):
-            raise ValueError(f"{name}: got {ends}, must rise from 0 to the number of tokens {tokens.shape[0]}")
+        if ends[0] != 0 or ends[-1] > tokens.shape[0] or any(a > b for a, b in itertools.pairwise(ends)):
+            raise ValueError(f"{name}: got {ends}, must rise from 0 to at most the number of tokens {tokens.shape[0]}")
         most = max((b - a for a, b in itertools.pairwise(ends)), default=0)
         if most > longest:
             raise ValueError(f"max_seqlen{name[-2:]}: got {longest}, {name} has a sequence of {most}")
@@ -408,7 +408,8 @@ def flash_attn_varlen_func(
     """Flash attention over sequences of different lengths, packed one after the other without padding.
 
     q (sum of S, H, D), k (sum of T, G, D), v (sum of T, G, Dv); cu_seqlens_q and cu_seqlens_k (B + 1, int32): where each
-    sequence begins, from 0 to the number of tokens; max_seqlen_q and max_seqlen_k: the longest. Other arguments as
+    sequence begins, from 0 on; max_seqlen_q and max_seqlen_k: the longest. Tokens behind the last sequence (of a batch that is
+    padded to a fixed size, as CUDA graphs need) give out 0 and lse -inf, and get gradients of 0. Other arguments as
     `flash_attn_func`. Returns out (sum of S, H, Dv); with return_attn_probs=True (out, lse (H, sum of S), None).
     Raises ValueError or TypeError as `flash_attn_func`; the values of cu_seqlens are checked on the CPU, and on a GPU only
     under `debug_checks()`, because reading them waits for the device.

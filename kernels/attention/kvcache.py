@@ -7,6 +7,9 @@ key at position j of sequence b lies in page block_table[b, j // page_size], and
     append   k turned by the rotary angle of its position, and v, at positions cache_seqlens .. cache_seqlens + N
     attend   as `flash_attn_func` over the keys at cache_leftpad .. cache_seqlens + N
 
+A sequence whose cache_seqlens is negative is idle, as a slot without a request is when a server decodes a fixed batch: nothing
+of it is written, and its rows have no key.
+
 The kernels are in decode.py, imported when one first runs.
 """
 
@@ -112,7 +115,8 @@ def _locate(x: CacheInputs, positions: Tensor) -> tuple[Tensor, Tensor]:
 def _plain(x: CacheInputs, implementation: str) -> tuple[Tensor, Tensor]:
     """(out, lse) with PyTorch's operators around `attention`; writes into the caches. Reads lengths back from the device."""
     (batch, s), device = x.q.shape[:2], x.q.device
-    used = torch.full((batch,), x.start, device=device) if x.cache_seqlens is None else x.cache_seqlens.long()
+    lengths = torch.full((batch,), x.start, device=device) if x.cache_seqlens is None else x.cache_seqlens.long()
+    active, used = lengths >= 0, lengths.clamp(min=0)
     q, k = x.q, x.k
     if k is not None and x.v is not None:
         new = used[:, None] + torch.arange(x.n_new, device=device)
@@ -120,9 +124,9 @@ def _plain(x: CacheInputs, implementation: str) -> tuple[Tensor, Tensor]:
             k = rotate(k, x.rotary_cos, x.rotary_sin, new, x.rotary_interleaved)
             rows = torch.arange(s, device=device) if x.advances else torch.zeros(s, dtype=torch.int64, device=device)
             q = rotate(q, x.rotary_cos, x.rotary_sin, used[:, None] + rows, x.rotary_interleaved)
-        where = _locate(x, new)
-        x.k_cache[where], x.v_cache[where] = k, x.v
-        used = used + x.n_new
+        rows, positions = (place[active] for place in _locate(x, new))
+        x.k_cache[rows, positions], x.v_cache[rows, positions] = k[active], x.v[active]
+        used = (used + x.n_new).where(active, 0)
     out, lse = x.empty()
     if out.numel() == 0:
         return out, lse.fill_(-math.inf)
@@ -316,7 +320,7 @@ def _check_new(x: CacheInputs) -> None:
 def _check_values(x: CacheInputs) -> None:
     starts = [x.start] * x.q.shape[0] if x.cache_seqlens is None else x.cache_seqlens.tolist()
     room = x.capacity - x.n_new
-    if any(not 0 <= n <= room for n in starts):
+    if any(n > room for n in starts):
         raise ValueError(f"cache_seqlens: got {starts}, the cache has room for 0 to {room}")
     if x.rotary_cos is not None and x.advances and max(starts, default=0) + x.q.shape[1] > x.rotary_cos.shape[0]:
         need = max(starts) + x.q.shape[1]
@@ -328,7 +332,7 @@ def _check_values(x: CacheInputs) -> None:
         raise ValueError(f"cache_batch_idx: got {x.cache_batch_idx.tolist()}, k_cache has {n_cached} sequences")
     if x.block_table is not None:
         for start, pages in zip(starts, x.block_table.tolist()):
-            used = pages[: -(-(start + x.n_new) // x.k_cache.shape[1])]
+            used = pages[: -(-(start + x.n_new) // x.k_cache.shape[1])] if start >= 0 else []
             if any(not 0 <= page < n_cached for page in used):
                 raise ValueError(f"block_table: got {used}, k_cache has {n_cached} pages")
 
@@ -369,7 +373,8 @@ def flash_attn_with_kvcache(
     rotary_cos, rotary_sin (positions, rotary_dim / 2), in q's dtype or float32, turn k by the angle of its position and q:
     with causal or window_size query i by that of cache_seqlens + i, otherwise every query by that of cache_seqlens.
     rotary_interleaved pairs dimensions 0 and 1, 2 and 3 (GPT-J), otherwise 0 and rotary_dim / 2 (GPT-NeoX).
-    cache_seqlens, an int or (B, int32): keys already in the cache; needed with k, otherwise the whole cache by default.
+    cache_seqlens, an int or (B, int32): keys already in the cache; needed with k, otherwise the whole cache by default. A
+    negative number in the tensor (-1) is an idle sequence: nothing is written, it has no keys.
     cache_batch_idx (B, int32): which sequence of the cache each one is (the b-th by default). cache_leftpad (B, int32):
     where its keys begin. softmax_scale defaults to 1 / sqrt(D). causal and window_size (left, right) count from the diagonal
     that ends at the last key. softcap, alibi_slopes and s_aux as in `flash_attn_func`. num_splits: into how many parts the

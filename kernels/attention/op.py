@@ -112,8 +112,8 @@ def _sink_grad(x: Inputs, lse: Tensor, delta: Tensor) -> Tensor:
         return delta.new_empty(0)
     heads = lse.transpose(0, 1).flatten(1) if x.cu_seqlens_q is None else lse  # (H, rows)
     deltas = delta.transpose(0, 1).flatten(1) if x.cu_seqlens_q is None else delta
-    share = torch.exp(x.s_aux[:, None] - heads).where(heads != -torch.inf, 0.0)
-    return -(share * deltas).sum(1)
+    # A row without a key and a packed token of no sequence have no share, and the latter's delta is whatever memory held.
+    return -(torch.exp(x.s_aux[:, None] - heads) * deltas).where(heads != -torch.inf, 0.0).sum(1)
 
 
 @_attention_backward.register_fake

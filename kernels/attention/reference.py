@@ -31,8 +31,9 @@ class Inputs:
     """One attention problem, checked, as every implementation receives it.
 
     q (B, S, H, D), k (B, T, G, D), v (B, T, G, Dv); packed (sum of S, H, D) and so on where cu_seqlens_q and cu_seqlens_k
-    (B + 1, int32) are given. bias and mask (bool) broadcast to (B, H, S, T). alibi_slopes (H) or (B, H) and s_aux (H) are
-    float32. seqused_k (B, int32): keys in use of each sequence. seed (2, int64): key and counter of Philox, for dropout.
+    (B + 1, int32) are given; tokens behind the last sequence give 0 and lse -inf, and get no gradient. bias and mask (bool)
+    broadcast to (B, H, S, T). alibi_slopes (H) or (B, H) and s_aux (H) are float32. seqused_k (B, int32): keys in use of each
+    sequence. seed (2, int64): key and counter of Philox, for dropout.
     """
 
     q: Tensor
@@ -185,12 +186,16 @@ def attention_reference(x: Inputs) -> tuple[Tensor, Tensor]:
     """(out in the layout of q, lse) by autograd's own operators; lse in float32, in float64 for float64."""
     if x.cu_seqlens_q is None and x.seqused_k is None:
         return _dense(x)
-    if x.batch == 0:
-        return x.q.new_zeros(*x.q.shape[:-1], x.v.shape[-1]), x.q.new_zeros(x.lse_shape(), dtype=torch.float32)
-    outs, lses = zip(*(_dense(_one(x, b), b) for b in range(x.batch)))
+    results = [_dense(_one(x, b), b) for b in range(x.batch)]
     if x.cu_seqlens_q is None:
-        return torch.cat(outs), torch.cat(lses)
-    return torch.cat([out[0] for out in outs]), torch.cat([lse[0] for lse in lses], dim=1)
+        if not results:
+            return x.q.new_zeros(*x.q.shape[:-1], x.v.shape[-1]), x.q.new_zeros(x.lse_shape(), dtype=torch.float32)
+        return torch.cat([out for out, _ in results]), torch.cat([lse for _, lse in results])
+    tail = x.q[int(x.cu_seqlens_q[-1]) :]  # tokens of no sequence see no key
+    wide = torch.float64 if x.q.dtype == torch.float64 else torch.float32
+    outs = [out[0] for out, _ in results] + [x.v.new_zeros(*tail.shape[:-1], x.v.shape[-1])]
+    lses = [lse[0] for _, lse in results] + [x.q.new_full((tail.shape[1], tail.shape[0]), -math.inf, dtype=wide)]
+    return torch.cat(outs), torch.cat(lses, dim=1)
 
 
 def attention_weights(

@@ -242,10 +242,10 @@ def clear_tails(Q, Lse, K, V, CuQ, CuK, batch, heads, q_tokens, k_tokens, q_widt
     _zero_rows(Q, q_end, q_tokens, q_width, BLOCK)
     if Lse is not None:
         for h in range(tl.program_id(0), heads, tl.num_programs(0)):
+            row = Lse + q_tokens.to(tl.int64) * h
             for i0 in range(q_end, q_tokens, BLOCK):
                 i = i0 + tl.arange(0, BLOCK)
-                at = h.to(tl.int64) * q_tokens + i
-                tl.store(Lse + at, tl.full((BLOCK,), float("-inf"), tl.float32), mask=i < q_tokens)
+                tl.store(row + i, tl.full((BLOCK,), float("-inf"), tl.float32), mask=i < q_tokens)
     if K is not None:
         k_end = tl.load(CuK + batch)
         _zero_rows(K, k_end, k_tokens, k_width, BLOCK)
