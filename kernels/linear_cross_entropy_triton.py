@@ -89,7 +89,7 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> No
         out.copy_(out + wide if accumulate else wide)
     elif out.dtype == a.dtype:
         torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
-    elif accumulate:
+    elif accumulate and not out.is_meta:  # torch 2.11 cannot do this on meta tensors, which hold no sums
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
