@@ -153,7 +153,8 @@ def _backward(
         sum_gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if SumUp is not None:
         sum_up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(0, rows_per_program, BLOCK_M):
+    SUMS: tl.constexpr = SumGate is not None or SumUp is not None
+    for step in range(0, rows_per_program if SUMS else BLOCK_M, BLOCK_M):  # without sums one step, and no loop
         i0 = strip * rows_per_program + step
         i = i0 + tl.arange(0, BLOCK_M)[:, None]
         inside = (i < n_rows) & inside_j

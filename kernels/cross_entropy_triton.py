@@ -61,11 +61,10 @@ def _forward(
 ):
     """A program owns BLOCK_M rows and walks over their columns. State is (4, n_rows). What lies between `width` and `row_end`
     may be read, of ClassWeight too, and written in `_gradient`, which keeps accesses wide where the width is odd."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # tokens x vocabulary passes 2^31, even tokens x 4
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row64 = row.to(tl.int64)  # tokens x vocabulary passes 2^31, and so may tokens x 3
     some = row < n_rows
-    z_row = Z + row * stride_zm
-    sum_ptr, target_ptr = State + n_rows + row, State + n_rows + n_rows.to(tl.int64) + row
-    total_ptr = target_ptr + n_rows
+    z_row = Z + row64 * stride_zm
     y = tl.load(Target + row, mask=some, other=0)
     inside = (y >= 0) & (y < vocabulary)
 
@@ -76,10 +75,10 @@ def _forward(
     index = tl.zeros((BLOCK_M,), tl.int32)
     if first > 0:
         row_max = tl.load(State + row, mask=some, other=0.0)
-        row_sum = tl.load(sum_ptr, mask=some, other=0.0)
-        target_logit = tl.load(target_ptr, mask=some, other=0.0)
+        row_sum = tl.load(State + n_rows + row64, mask=some, other=0.0)
+        target_logit = tl.load(State + 2 * n_rows.to(tl.int64) + row, mask=some, other=0.0)
         if SMOOTHING:
-            total = tl.load(total_ptr, mask=some, other=0.0)
+            total = tl.load(State + 3 * n_rows.to(tl.int64) + row, mask=some, other=0.0)
         if Index is not None:
             index = tl.load(Index + row, mask=some, other=0)
 
@@ -111,10 +110,10 @@ def _forward(
 
     if first + width < vocabulary:
         tl.store(State + row, row_max, mask=some)
-        tl.store(sum_ptr, row_sum, mask=some)
-        tl.store(target_ptr, target_logit, mask=some)
+        tl.store(State + n_rows + row64, row_sum, mask=some)
+        tl.store(State + 2 * n_rows.to(tl.int64) + row, target_logit, mask=some)
         if SMOOTHING:
-            tl.store(total_ptr, total, mask=some)
+            tl.store(State + 3 * n_rows.to(tl.int64) + row, total, mask=some)
         if Index is not None:
             tl.store(Index + row, index, mask=some)
     else:
@@ -172,7 +171,8 @@ def _gradient(
     # One dimension of programs, since another one ends at 65,535.
     column_tiles = tl.cdiv(width, BLOCK_N)
     column_tile = tl.program_id(0) % column_tiles
-    row = (tl.program_id(0) // column_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.program_id(0) // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    row64 = row.to(tl.int64)
     some = row < n_rows
     column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = column < width
@@ -188,11 +188,11 @@ def _gradient(
     if SMOOTHING:
         weight_sum = tl.load(WeightSum) if ClassWeight is not None else vocabulary * 1.0
         of_softmax += smoothing / vocabulary * weight_sum
-    row_grad = tl.load(RowGrad + row * stride_row_grad, mask=valid, other=0.0).to(tl.float32)
-    row_grad = tl.where(inside, row_grad, float("nan"))
+    row_grad = tl.load(RowGrad + row64 * stride_row_grad, mask=valid, other=0.0).to(tl.float32)
+    row_grad = tl.where(valid & ~inside, float("nan"), row_grad)
 
     reads = column < row_end
-    z = tl.load(Z + row[:, None] * stride_zm + column[None, :], mask=valid[:, None] & reads[None, :], other=0.0)
+    z = tl.load(Z + row64[:, None] * stride_zm + column[None, :], mask=valid[:, None] & reads[None, :], other=0.0)
     z = _capped(z, softcap, SOFTCAP)
     grad = of_softmax[:, None] * tl.exp(z - lse[:, None])
     if SMOOTHING:
@@ -205,15 +205,15 @@ def _gradient(
     if SOFTCAP:
         capped = z / softcap
         grad *= 1 - capped * capped
+    grad = tl.where(valid[:, None] & exists[None, :], grad, 0.0)
     if Flags is not None:
-        size = tl.where(valid[:, None] & exists[None, :], tl.abs(grad), 0.0)
-        counts = tl.where(size < threshold, 0, 1).to(tl.int8)  # this way round NaN counts
+        counts = tl.where(tl.abs(grad) < threshold, 0, 1).to(tl.int8)  # this way round NaN counts
         counts = tl.max(tl.reshape(counts, (BLOCK_M, BLOCK_N // TILE, TILE)), 2)
         tile = column_tile * (BLOCK_N // TILE) + tl.arange(0, BLOCK_N // TILE)
-        flag_ptrs = Flags + row[:, None] * stride_flags + tile[None, :]
+        flag_ptrs = Flags + row64[:, None] * stride_flags + tile[None, :]
         tl.store(flag_ptrs, counts, mask=some[:, None] & (tile * TILE < width)[None, :])
-    grad = tl.where(valid[:, None] & exists[None, :], grad * row_grad[:, None], 0.0)
-    out_ptrs = Out + row[:, None] * stride_om + column[None, :]
+    grad *= row_grad[:, None]  # which is 0 where `valid` is not
+    out_ptrs = Out + row64[:, None] * stride_om + column[None, :]
     tl.store(out_ptrs, grad.to(Out.dtype.element_ty), mask=some[:, None] & reads[None, :])
 
 

@@ -274,10 +274,8 @@ def _backward(
     STAGES: tl.constexpr,
 ):
     """A program owns BLOCK_N columns and every num_programs-th tile of BLOCK_M rows; MeanProduct and MeanGradient are given
-    where these are not all columns. Dweight and Dbias (programs, N) receive its sums. Columns come first in the grid, since
-    there may be more than the 65,535 of another dimension."""
-    program, programs = tl.program_id(1), tl.num_programs(1)
-    j0 = tl.program_id(0) * BLOCK_N
+    where these are not all columns. Dweight and Dbias (programs, N) receive its sums."""
+    j0 = tl.program_id(1) * BLOCK_N
     c = j0 + tl.arange(0, BLOCK_N)
     columns = _columns(c, N, BLOCK_N)
     # Otherwise it comes from the cache again for each row.
@@ -286,7 +284,7 @@ def _backward(
         weight = _load_weight(Weight, c, columns, UNIT_OFFSET)
     dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for t in tl.range(program, n_tiles, programs, num_stages=STAGES):
+    for t in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), num_stages=STAGES):
         # From the last row to the first: what the ops before this one wrote last is still in the L2 cache.
         i0 = (n_tiles - 1 - t).to(tl.int64) * BLOCK_M
         i = i0 + tl.arange(0, BLOCK_M)
@@ -322,7 +320,7 @@ def _backward(
             keep = kept_by_dropout(tl.load(Seed), tl.load(Seed + 1).to(tl.uint32), 0, i0, j0, threshold, BLOCK_M, BLOCK_N)
             dh = tl.where(keep, dh * keep_scale, 0.0)
         tl.store(Dx + offsets, dh.to(Dx.dtype.element_ty), mask=inside)
-    out = program.to(tl.int64) * N + c
+    out = tl.program_id(0).to(tl.int64) * N + c
     if Dweight is not None:
         tl.store(Dweight + out, tl.sum(dweight, 0).to(Dweight.dtype.element_ty), mask=columns)
     if Dbias is not None:
@@ -547,7 +545,7 @@ def backward(
         sums = [
             total if total is None or alone else total.new_empty(programs, n, dtype=torch.float32) for total in (dweight, dbias)
         ]
-        _backward[(parts, programs)](
+        _backward[(programs, parts)](
             dy, dh, h, weight, mean, rstd, mean_product, mean_gradient, seed, dx, dresidual, *sums, dy.stride(0), stride_dh,
             h.stride(0), rows, tiles, *_chance(dropout_p), N=n, UNIT_OFFSET=unit_offset, BLOCK_M=blocks.block_m,
             BLOCK_N=blocks.block_n, STAGES=blocks.num_stages, num_warps=blocks.num_warps,

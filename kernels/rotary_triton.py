@@ -44,13 +44,13 @@ def _turn_heads(
     BLOCK_REST: tl.constexpr,
 ):
     """Heads first .. last of X into Y at positions s (BLOCK_S, 1), of which `inside` exist."""
-    # Strides come in units of VECTOR elements, so that the compiler knows how far rows are aligned; in elements they may pass
-    # 2^31.
-    next_x, next_y = stride_xh.to(tl.int64) * VECTOR, stride_yh.to(tl.int64) * VECTOR
-    x_ptr = X + b * stride_xb * VECTOR + first * next_x + s * (stride_xs.to(tl.int64) * VECTOR)
-    y_ptr = Y + b * stride_yb * VECTOR + first * next_y + s * (stride_ys.to(tl.int64) * VECTOR)
+    # Strides and rows come in units of VECTOR elements, so that the compiler knows how far rows are aligned.
+    first_head = first.to(tl.int64)
+    x_row = b * stride_xb + first_head * stride_xh + s * stride_xs
+    y_row = b * stride_yb + first_head * stride_yh + s * stride_ys
     r = tl.arange(0, BLOCK_R)[None, :]
     for _ in range(first, last):
+        x_ptr, y_ptr = X + x_row * VECTOR, Y + y_row * VECTOR
         if INTERLEAVED:
             d = tl.arange(0, 2 * BLOCK_R)[None, :]
             both = tl.load(x_ptr + d, mask=inside & (d < 2 * HALF), other=0.0)
@@ -71,8 +71,8 @@ def _turn_heads(
             e = part * BLOCK_REST + tl.arange(0, BLOCK_REST)[None, :]
             rest = tl.load(x_ptr + 2 * HALF + e, mask=inside & (e < REST), other=0.0)
             tl.store(y_ptr + 2 * HALF + e, rest, mask=inside & (e < REST))
-        x_ptr += next_x
-        y_ptr += next_y
+        x_row += stride_xh
+        y_row += stride_yh
 
 
 # Triton would compile the kernel anew where one of these is 1 or a multiple of 16. VECTOR and COS_VECTOR say all that it gains

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from wikigpt.kernels import _dispatch, bias_gelu, geglu, gelu, swiglu
 from wikigpt.kernels.activation import activation_reference
 
+from tests import far
 from tests.conftest import assert_as_accurate_as
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="a GPU is here: Triton compiles")
@@ -399,6 +400,50 @@ def test_tiles_cover_every_size_with_few_wasted_columns():
             assert -(-features // block_n) * block_n <= 1.03 * features
 
 
+@interpreted
+@pytest.mark.parametrize("form", ["bias", "gated", "packed"])
+def test_rows_may_lie_more_than_2_to_the_31_elements_apart(form, monkeypatch):
+    far.leave_memory_alone(monkeypatch)
+    x, b, grad = random(2, 64, dtype=torch.bfloat16), random(64, seed=1), random(2, 64, dtype=torch.bfloat16, seed=2)
+    apart = far.strided(x, (2**31 + 64, 1))
+
+    def run(x, grad):
+        x = x.detach().requires_grad_()
+        if form == "packed":
+            y, grad = swiglu(x, backend="triton"), grad[:, :32]
+        else:
+            y = bias_gelu(x, b, backend="triton") if form == "bias" else swiglu(x, x.detach(), backend="triton")
+        return y, torch.autograd.grad(y, x, grad)[0]
+
+    for one, two in zip(run(apart, far.strided(grad, (2**31 + 64, 1))), run(x, grad)):
+        assert torch.equal(one, two)
+
+
+@interpreted
+@pytest.mark.parametrize("n", [2**31, 2**31 + 1016])
+def test_more_than_2_to_the_31_elements(n, monkeypatch):
+    """Of a million programs the first, those around the middle and the last ones run."""
+    from wikigpt.kernels import activation_triton
+
+    far.leave_memory_alone(monkeypatch)
+    guards = far.Guards(monkeypatch)
+    for name in ("_forward", "_backward"):
+        far.run_only(monkeypatch, activation_triton, name, lambda n: [0, n // 2, n - 2, n - 1])
+    x, grad = (torch.empty(n, dtype=torch.bfloat16) for _ in range(2))
+    middle = -(-n // 2048) // 2 * 2048
+    for part in (parts := (slice(0, 2048), slice(middle, middle + 2048), slice(n - 2048, n))):
+        x[part], grad[part] = random(2048, dtype=torch.bfloat16), random(2048, dtype=torch.bfloat16, seed=1)
+    leaf = x.requires_grad_()
+    y = bias_gelu(leaf, backend="triton")
+    (dx,) = torch.autograd.grad(y, leaf, grad)
+    for part in parts:
+        few = x[part].detach().requires_grad_()
+        expected = F.gelu(few)
+        torch.testing.assert_close(y[part], expected)
+        torch.testing.assert_close(dx[part], torch.autograd.grad(expected, few, grad[part])[0])
+    guards.check()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", [(8192, 11008), (16384, 3072), (4099, 1001)])
@@ -417,8 +462,15 @@ def test_gpu_large_inputs_are_accurate_and_repeat_bit_for_bit(shape, activation)
 
 
 @pytest.mark.gpu
-def test_gpu_more_than_2_to_the_31_elements():
+@pytest.mark.big
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_gpu_more_than_2_to_the_31_elements(bias, monkeypatch):
+    guards = far.Guards(monkeypatch)
     x = torch.randn(2**16 + 3, 2**15, device="cuda", dtype=torch.bfloat16)
-    y = bias_gelu(x, torch.zeros(2**15, device="cuda"), backend="triton")
-    torch.testing.assert_close(y[-3:], F.gelu(x[-3:]))
-    torch.testing.assert_close(bias_gelu(x, backend="triton")[-3:], F.gelu(x[-3:]))
+    b = torch.randn(2**15, device="cuda", dtype=torch.bfloat16) if bias else None
+    y = bias_gelu(x, b, backend="triton")
+    guards.check()
+    for part in far.seams(x.numel()):
+        columns = torch.arange(part.start, part.stop, device="cuda") % x.shape[1]
+        expected = F.gelu(x.view(-1)[part].float() + (b[columns].float() if bias else 0)).to(x.dtype)
+        torch.testing.assert_close(y.view(-1)[part], expected)

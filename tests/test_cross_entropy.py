@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from wikigpt.kernels import cross_entropy
 from wikigpt.kernels.cross_entropy import cross_entropy_reference
 
+from tests import far
 from tests.conftest import assert_as_accurate_as
 from wikigpt import kernels
 
@@ -233,6 +234,48 @@ def test_autocast_changes_nothing(triton, enabled):
     check(z, y)
 
 
+def test_rows_may_lie_more_than_2_to_the_31_logits_apart(triton, monkeypatch):
+    far.leave_memory_alone(monkeypatch)
+    z, y = problem(2, 300, torch.bfloat16)
+    y[0] = 7
+    one = torch.tensor(1.0)
+    apart = gradient(cross_entropy, far.strided(z, (2**31 + 64, 1)), y, one, torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(apart, gradient(cross_entropy, z, y, one, torch.bfloat16)))
+
+
+def test_what_is_known_of_800_million_rows_between_their_pieces(triton, monkeypatch):
+    """The state of a row has four numbers, so that its offsets pass 2^31 long before the number of rows does."""
+    kernels = import_module("wikigpt.kernels.cross_entropy_triton")
+    far.leave_memory_alone(monkeypatch)
+    far.run_only(monkeypatch, kernels, "_forward", lambda n: [0, n - 1])
+    n, v = 800_000_000, 64
+    z, y = problem(32, 2 * v)
+    options = kernels.options(-100, 0.1, 0.0, 0.0, None)
+    try:
+        target = torch.empty(n, dtype=torch.int64)
+        rows = kernels.Rows.empty(target, True, 2)
+    except RuntimeError:
+        pytest.skip("this machine lends no 29 GiB of addresses")
+    target[:32] = target[-32:] = y
+    for first in (0, v):
+        kernels.forward(z[:1, first : first + v].expand(n, v), target, rows, first, 2 * v, options)
+    expected = F.cross_entropy(z[:1].expand(32, 2 * v), y, reduction="none", label_smoothing=0.1)
+    for part in (slice(0, 32), slice(n - 32, n)):
+        torch.testing.assert_close(rows.loss[part], expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 10**9), (10**9, 1), (70_000, 10**6)])
+def test_any_number_of_rows_and_columns_makes_a_grid_that_cuda_takes(triton, monkeypatch, shape):
+    kernels = import_module("wikigpt.kernels.cross_entropy_triton")
+    monkeypatch.setattr(kernels, "block", lambda width, plain=True: (1, 4096, 8))  # of a GPU's, those with the most programs
+    grids = far.note_grids(monkeypatch, kernels, "_forward", "_gradient")
+    z, y = torch.empty(shape, dtype=torch.bfloat16, device="meta"), torch.empty(shape[0], dtype=torch.int64, device="meta")
+    options, rows = kernels.options(-100, 0.0, 0.0, 0.0, None), kernels.Rows.empty(y, False, 1)
+    kernels.forward(z, y, rows, 0, shape[1], options)
+    kernels.gradient(z, z, y, rows.lse, rows.loss, 0, shape[1], options)
+    assert [far.fits(grid) for grid in grids] == [True, True]
+
+
 def test_opcheck(triton):
     z, y = problem(5, 9)
     options = (torch.rand(9), -100, 0.1, 3.0, 0.01)
@@ -313,15 +356,19 @@ def test_real_sizes_are_as_accurate_as_plain_pytorch(dtype, v):
 
 
 @pytest.mark.gpu
-def test_more_than_two_to_the_31_logits():
-    n, v = 16900, 128256
-    z = torch.randn(n, v, device="cuda", dtype=torch.bfloat16)
+@pytest.mark.parametrize("inplace", [True, pytest.param(False, marks=pytest.mark.big)], ids=["in place", ""])
+def test_more_than_two_to_the_31_logits(inplace, monkeypatch):
+    n, v = 16900, 128256  # 2^31 logits end inside row 16,743
+    guards = far.Guards(monkeypatch)
+    z = guards.empty((n, v), torch.bfloat16, torch.device("cuda")).normal_()
     y = torch.randint(v, (n,), device="cuda")
-    last = z[-8:].clone().requires_grad_()
-    expected = cross_entropy_reference(last, y[-8:], reduction="none")
-    (grad,) = torch.autograd.grad(expected.sum(), last)
+    some = torch.cat((torch.arange(4), torch.randint(n, (24,)), torch.arange(16740, 16748), torch.arange(n - 4, n))).cuda()
+    few = z[some].requires_grad_()
+    expected = cross_entropy_reference(few, y[some], reduction="none")
+    (grad,) = torch.autograd.grad(expected.sum(), few)
     leaf = z.requires_grad_()
-    loss = cross_entropy(leaf, y, reduction="none", inplace_backward=True)
+    loss = cross_entropy(leaf, y, reduction="none", inplace_backward=inplace)
     loss.sum().backward()
-    torch.testing.assert_close(loss[-8:], expected.detach(), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(leaf.grad[-8:], grad, rtol=2e-2, atol=1e-5)
+    torch.testing.assert_close(loss[some], expected.detach(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(leaf.grad[some], grad, rtol=2e-2, atol=1e-5)
+    guards.check()

@@ -15,6 +15,7 @@ from wikigpt.kernels import _dispatch
 from wikigpt.kernels import linear_cross_entropy as lce
 from wikigpt.kernels.linear_cross_entropy import linear_cross_entropy_reference
 
+from tests import far
 from tests.conftest import assert_as_accurate_as
 from wikigpt import kernels
 
@@ -398,6 +399,37 @@ def test_kept_logits_and_logits_made_again_give_the_same_bits(small_chunks, monk
     monkeypatch.setattr(module, "KEEP_BYTES", 1 << 30)
     kept = gradients(triton_lce, x, w, b, y, torch.tensor(1.0), torch.float32)
     assert all(torch.equal(a, k) for a, k in zip(again, kept))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_behind_the_end_of_a_row_of_gradients_there_are_zeros(small_chunks, monkeypatch, dtype):
+    """Products may read there: PyTorch's of bfloat16 does on some CPUs, and a filtered one does."""
+    x, w, b, y = problem(20, 8, 301, dtype=dtype)
+    seen = []
+
+    def gradient(z, out, *rest, **options):
+        out.as_strided((out.shape[0], out.stride(0)), out.stride()).fill_(math.nan)
+        run_gradient(z, out, *rest, **options)
+        width = -(-out.shape[1] // rows.ROW_END) * rows.ROW_END
+        seen.append(out.as_strided((out.shape[0], width), out.stride())[:, out.shape[1] :].clone())
+
+    run_gradient = sweeps.gradient
+    monkeypatch.setattr(sweeps, "gradient", gradient)
+    monkeypatch.setattr(module, "KEEP_BYTES", 1 << 30)  # so that logits lie in other memory than their gradients
+    gradients(triton_lce, x, w, b, y, torch.tensor(1.0), dtype)
+    assert sum(part.numel() for part in seen) > 0
+    assert all((part == 0).all() for part in seen)
+
+
+@pytest.mark.parametrize("sizes", [(1000, 10**7, 3000), (10**6, 10**6, 64)])
+def test_any_size_of_a_filtered_product_makes_a_grid_that_cuda_takes(small_chunks, monkeypatch, sizes):
+    n, d, width = sizes
+    grids = far.note_grids(monkeypatch, sweeps, "_filtered_product")
+    dz, flags = torch.empty(n, width, device="meta"), torch.empty(n, 1, dtype=torch.int8, device="meta")
+    for transposed in (False, True):
+        b, out = (torch.empty(rows, d, device="meta") for rows in ((n, width) if transposed else (width, n)))
+        sweeps._filtered(dz, b, out, flags, transposed)
+    assert [far.fits(grid) for grid in grids] == [True, True]
 
 
 @pytest.mark.parametrize("n", [1, 100, 8192, 10**6])

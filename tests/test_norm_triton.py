@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint
 from wikigpt.kernels import LayerNorm, RMSNorm, layer_norm, rms_norm
 from wikigpt.kernels._dispatch import why_not_triton
 
+from tests import far
 from tests.norm_cases import FUNCTIONS, Case, check, outputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -163,6 +164,48 @@ def test_rows_at_equal_distances_are_read_without_a_copy():
 
     wide = torch.randn(4, 6, 60)
     assert _matrix(wide[..., 20:40]).data_ptr() == wide[..., 20:40].data_ptr()
+
+
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_rows_may_lie_more_than_2_to_the_31_elements_apart(op, monkeypatch):
+    if DEVICE == "cuda":
+        pytest.skip("a GPU is here: tests/test_norm_gpu.py has it")
+    far.leave_memory_alone(monkeypatch)
+    near = Case(op, (2, 40), BF16, residual=BF16, options=EVERYTHING).inputs()
+    apart = {name: far.strided(t, (2**31 + 64, 1)) if t.dim() == 2 else t for name, t in near.items()}
+    results = []
+    for inputs in (near, apart):
+        leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
+        torch.manual_seed(0)
+        y, h = FUNCTIONS[op](**leaves, **EVERYTHING, backend="triton")
+        grads = torch.autograd.grad((y, h), leaves.values(), (inputs["x"].detach(), inputs["residual"].detach()))
+        results.append([y, h, *grads])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("op", FUNCTIONS)
+@pytest.mark.parametrize("shape", [(10**9, 1), (70_000, 20_000), (1, 2**26)])
+def test_any_number_of_rows_and_columns_makes_a_grid_that_cuda_takes(op, shape, monkeypatch):
+    from wikigpt.kernels import norm_triton
+
+    names = ("_forward", "_forward_wide", "_backward_means", "_backward", "_add_partials")
+    grids = far.note_grids(monkeypatch, norm_triton, *names)
+    x, rms = torch.empty(shape, dtype=BF16, device="meta"), op == "rms_norm"
+    weight, (_, _, mean, rstd) = x[0], norm_triton.forward(x, x[0], None, None, None, 0.0, 0.0, rms, False, False, True)
+    norm_triton.backward(x, None, x, weight, mean, rstd, None, 0.0, False, BF16, None, False, True)
+    assert len(grids) >= 2
+    assert [grid for grid in grids if not far.fits(grid)] == []
+
+
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_rows_so_wide_that_32_bits_do_not_count_them_are_left_to_the_reference(op, monkeypatch):
+    from wikigpt.kernels import norm_triton
+
+    monkeypatch.setattr("wikigpt.kernels.norm._WIDEST", 40)
+    grids = far.note_grids(monkeypatch, norm_triton, "_forward")
+    x = torch.randn(3, 41, device=DEVICE)
+    assert torch.equal(FUNCTIONS[op](x, backend="triton"), FUNCTIONS[op](x, backend="reference"))
+    assert grids == []
 
 
 @pytest.mark.parametrize("op", FUNCTIONS)

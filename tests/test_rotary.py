@@ -7,6 +7,7 @@ import torch
 from wikigpt.kernels import apply_rotary_emb, apply_rotary_emb_qk, rotary_cos_sin
 from wikigpt.kernels.rotary import apply_rotary_emb_reference
 
+from tests import far
 from tests.conftest import assert_as_accurate_as
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="a GPU is here: Triton compiles")
@@ -368,6 +369,33 @@ def test_several_heads_of_one_program(monkeypatch):
         torch.testing.assert_close(got, apply_rotary_emb_reference(x, cos, sin))
 
 
+@interpreted
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("apart", ["sequences", "heads", "positions"])
+def test_sequences_heads_and_positions_may_lie_more_than_2_to_the_31_elements_apart(apart, inplace, monkeypatch):
+    from wikigpt.kernels import rotary_triton
+
+    monkeypatch.setattr(rotary_triton, "PROGRAMS", 1)  # one program for all heads
+    far.leave_memory_alone(monkeypatch)
+    shape = tuple(2 if apart == name else 1 for name in ("sequences", "heads", "positions"))
+    x, (cos, sin) = random(*shape, 16, dtype=torch.bfloat16), rotary_cos_sin(torch.arange(shape[2]) + 1, 16)
+    expected = apply_rotary_emb(x, cos, sin, backend="triton")
+    distant = far.strided(x, (*(2**31 + 64 if n == 2 else 64 for n in shape), 1))
+    y = apply_rotary_emb(distant, cos, sin, inplace=inplace, backend="triton")
+    assert (y is distant) == inplace
+    assert torch.equal(y, expected)
+
+
+@interpreted
+def test_more_heads_than_a_grid_has_places_in_its_second_dimension(monkeypatch):
+    from wikigpt.kernels import rotary_triton
+
+    grids = far.note_grids(monkeypatch, rotary_triton, "_rotary")
+    x = torch.empty(1, 10**6, 1, 8, device="meta")
+    rotary_triton.turned(x, x, *(torch.empty(1, 4, device="meta") for _ in range(2)), None, False, False)
+    assert [far.fits(grid) for grid in grids] == [True]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (128, 128), (80, 32)])
@@ -386,9 +414,12 @@ def test_gpu_a_layer_of_heads_is_accurate_and_repeats_bit_for_bit(head_dim, rota
 
 
 @pytest.mark.gpu
-def test_gpu_more_than_2_to_the_31_elements():
+def test_gpu_more_than_2_to_the_31_elements(monkeypatch):
+    guards = far.Guards(monkeypatch)
     cos, sin = rotary_cos_sin(torch.arange(4096, device="cuda"), 128)
-    x = torch.randn(130, 4096, 32, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-    expected = apply_rotary_emb_reference(x[-1:], cos, sin)
+    x = guards.empty((130, 4096, 32, 128), torch.bfloat16, torch.device("cuda")).normal_().transpose(1, 2)
+    sequences = [0, 57, 127, 128, 129]  # from 128 on they lie behind 2^31 elements
+    expected = apply_rotary_emb_reference(x[sequences], cos, sin)
     apply_rotary_emb(x, cos, sin, inplace=True, backend="triton")
-    torch.testing.assert_close(x[-1:], expected)
+    torch.testing.assert_close(x[sequences], expected)
+    guards.check()
