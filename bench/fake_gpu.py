@@ -21,6 +21,7 @@ import ctypes
 import functools
 import hashlib
 import importlib
+import multiprocessing
 import operator
 import os
 import struct
@@ -30,6 +31,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -349,15 +351,11 @@ def _install_driver(recorder: Recorder) -> None:
     ctypes.c_int.in_dll(library, "multiprocessors").value = recorder.card.multiprocessors
     ctypes.c_int.in_dll(library, "recording").value = 1
 
-    import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.driver import CudaDriver
     from triton.compiler.compiler import CompiledKernel
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
-
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError("TRITON_INTERPRET was set when triton was imported: kernels cannot be compiled in this process")
 
     class Driver(CudaDriver):
         def __init__(self) -> None:
@@ -826,7 +824,8 @@ def install(arch: int = 90, compiles: str = "real", strict: bool = False) -> Rec
         return _installed
     if "wikigpt.kernels" in sys.modules:
         raise RuntimeError("wikigpt.kernels was imported before the fake GPU was installed")
-    os.environ.pop("TRITON_INTERPRET", None)
+    if os.environ.pop("TRITON_INTERPRET", "0") != "0" and "triton" in sys.modules:
+        raise RuntimeError("TRITON_INTERPRET was set when triton was imported: nothing can be compiled in this process")
     # The first call of a registered operator imports it, and it makes tables of PyTorch's own functions.
     importlib.import_module("torch._dynamo")
     recorder = _installed = Recorder(arch, compiles)
@@ -840,10 +839,44 @@ def install(arch: int = 90, compiles: str = "real", strict: bool = False) -> Rec
     return recorder
 
 
+def process(asked: str) -> ProcessPoolExecutor:
+    """A process in which `asked` ("90") is installed as soon as it imports `bench`, for one that interprets or has no fake."""
+    kept = {name: os.environ.pop(name, None) for name in (ASKED, "TRITON_INTERPRET", "OMP_NUM_THREADS")}
+    os.environ |= {ASKED: asked, "OMP_NUM_THREADS": "1"}
+    try:
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        pool.submit(int).result()  # it starts with the first task
+    finally:
+        for name, value in kept.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+    return pool
+
+
 def install_if_asked() -> Recorder | None:
     """Install what WIKIGPT_FAKE_GPU in the environment asks for."""
     asked = os.environ.get(ASKED)
     if not asked:
         return None
     arch, _, compiles = asked.partition(",")
-    return install(int(arch), compiles or "real")
+    recorder = install(int(arch), compiles or "real")
+    _fill_with_zeros()
+    return recorder
+
+
+def _fill_with_zeros() -> None:
+    """What kernels would write is zero from the start: what is made of it is finite, and the same in every run."""
+
+    def zeroed(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def make(*args: Any, **kwargs: Any) -> Any:
+            made = function(*args, **kwargs)
+            return made if made.is_meta else made.zero_()
+
+        return make
+
+    for name in ("empty", "empty_strided", "empty_like"):
+        setattr(torch, name, zeroed(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        setattr(torch.Tensor, name, zeroed(getattr(torch.Tensor, name)))

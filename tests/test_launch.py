@@ -6,7 +6,6 @@ Processes with a fake GPU (bench/fake_gpu.py) run what tests/launch_cases.py nam
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -33,12 +32,7 @@ def process() -> Iterator[Callable[[int], Process]]:
 
     def of(arch: int) -> Process:
         if arch not in pools:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.delenv("TRITON_INTERPRET", raising=False)
-                patch.setenv(fake_gpu.ASKED, str(arch))
-                patch.setenv("OMP_NUM_THREADS", "1")
-                pools[arch] = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-                pools[arch].submit(int).result()  # it starts with the first task
+            pools[arch] = fake_gpu.process(str(arch))
         return lambda function, *arguments: pools[arch].submit(function, *arguments).result()
 
     yield of
