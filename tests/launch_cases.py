@@ -22,6 +22,7 @@ from torch import Tensor  # noqa: E402
 from wikigpt.kernels import linear_cross_entropy as loss_of_a_layer  # noqa: E402
 
 from wikigpt import kernels  # noqa: E402
+from wikigpt.model import GPT, GPTConfig  # noqa: E402
 
 BF16 = torch.bfloat16
 Call = Callable[[], Any]
@@ -288,6 +289,53 @@ EXTENSION: dict[str, Callable[[], Call]] = {
 
 CASES = ATTENTION | OTHERS | EXTENSION
 
+# --- whole models -----------------------------------------------------------------------------------------------------
+
+SIZE: dict[str, Any] = {"vocab_size": 500, "context_length": 64, "n_layer": 2, "n_head": 4, "n_embd": 64}
+LLAMA: dict[str, Any] = {"position": "rotary", "norm": "rmsnorm", "activation": "swiglu", "n_kv_head": 2, "bias": False}
+
+
+def step_of(**options: Any) -> Call:
+    """A step of training as `wikigpt train` makes it on a GPU."""
+    model = GPT(GPTConfig(**SIZE | options)).to("cuda").train()
+    optimizer = kernels.FusedAdamW(model.parameters(), max_grad_norm=1.0)
+    tokens = torch.zeros(2, 64, dtype=torch.int64, device="cuda")
+
+    def call() -> None:
+        with torch.autocast("cuda", BF16):
+            loss = model(tokens, tokens)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+    return call
+
+
+def token_of(**options: Any) -> Call:
+    """The next token of two texts, drawn. Whoever shows it to somebody waits for it, once."""
+    model = GPT(GPTConfig(**SIZE | options)).to("cuda").eval()
+    tokens, seeds = torch.zeros(2, 8, dtype=torch.int64, device="cuda"), torch.arange(2, device="cuda")
+
+    @torch.no_grad()
+    def call() -> None:
+        cache = model.make_cache(2)
+        for part in (tokens, tokens[:, :1]):
+            logits = model.head(model.hidden(part, cache)[:, -1])
+            kernels.sample(logits, 0.8, 50, 0.9, seed=seeds, offset=3)
+
+    return call
+
+
+MODELS: dict[str, Callable[[], Call]] = {
+    "a step of training, GPT-2": lambda: step_of(dropout=0.1),
+    "a step of training, Llama": lambda: step_of(**LLAMA),
+    "a step of training, ALiBi": lambda: step_of(position="alibi"),
+    "a token of generation, GPT-2": lambda: token_of(),
+    "a token of generation, Llama": lambda: token_of(**LLAMA),
+    "a token of generation, ALiBi": lambda: token_of(position="alibi"),
+}
+
+
 # --- extreme shapes ---------------------------------------------------------------------------------------------------
 
 
@@ -433,6 +481,16 @@ def run_elsewhere(name: str) -> Found:
     recorder = _recorder()
     with recorder.counting(), recorder.tensors_on(1):
         backward(CASES[name]()())
+        return _found()
+
+
+def run_model(name: str) -> Found:
+    """The host may wait for nothing. Nothing is compiled."""
+    recorder = _recorder()
+    with recorder.counting():
+        call = MODELS[name]()
+        with recorder.strictly():
+            call()
         return _found()
 
 

@@ -64,6 +64,13 @@ def test_it_is_launched_within_the_limits_of_other_architectures(name, arch, pro
     assert not fake_gpu.broken_limits(found.launches, arch)
 
 
+@pytest.mark.parametrize("name", cases.MODELS)
+def test_a_model_waits_for_nothing(name, h100):
+    found = h100(cases.run_model, name)
+    assert found.launches
+    assert not fake_gpu.broken_limits(found.launches, 90)
+
+
 @pytest.mark.parametrize("name", cases.ATTENTION | cases.OTHERS)
 def test_it_is_launched_where_its_tensors_are(name, h100):
     launches = h100(cases.run_elsewhere, name).launches
