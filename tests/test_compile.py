@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 
@@ -145,6 +146,15 @@ def test_kernels_are_those_of_the_snapshot(op, arch, compiled):
         pytest.skip(f"the snapshot is that of triton {version}, here is {triton.__version__}")
     differences = roofline.differences([k for k in snapshot if (k.op, k.arch) == (op, arch)], compiled(op, arch))
     assert not differences, "\n".join(differences)
+
+
+@pytest.mark.parametrize(("version", "excused"), [("3.6.0", True), ("3.6.1", True), ("3.7.1", False)])
+def test_an_exception_can_be_one_of_a_version_of_triton(version, excused, monkeypatch):
+    entry = compile_report.Spill("_kernel", 90, "bfloat16 64", triton="3.6.")
+    monkeypatch.setattr(compile_report, "EXCEPTIONS", {entry: "why"})
+    monkeypatch.setattr(triton, "__version__", version)
+    kernel = SimpleNamespace(name="_kernel", arch=90, case="bfloat16 64 causal")
+    assert compile_report.excuse(kernel) == (entry if excused else None)
 
 
 def test_under_the_interpreter_nothing_can_be_compiled():
