@@ -89,6 +89,16 @@ __device__ __forceinline__ int find(const int* first, int count, int chunk) {
   return low;
 }
 
+// Whether this block is the last one to call this, for its first thread. What a block did before its call comes before what
+// the last block does after it: the fence before the ticket releases the one, the fence after it acquires the other.
+__device__ __forceinline__ bool is_last_block(unsigned int* ticket) {
+  __threadfence();
+  const bool last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+  if (last) *ticket = 0;
+  __threadfence();
+  return last;
+}
+
 // --- norm ---
 
 constexpr int kNormTensors = 1480;
@@ -154,13 +164,10 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(
   __shared__ bool last;
   if (threadIdx.x == 0) {
     if (chunk >= 0) partials[before + chunk] = total;
-    __threadfence();
-    last = atomicAdd(ticket, 1u) == gridDim.x - 1;
-    if (last) *ticket = 0;
+    last = is_last_block(ticket);
   }
   __syncthreads();
   if (!last || !last_launch) return;
-  __threadfence();
   double all = 0;
 #pragma unroll 8
   for (long long k = threadIdx.x; k < before + chunks; k += kThreads) all += __ldcg(partials + k);
@@ -302,11 +309,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const float step = *e.step + 1;
   __syncthreads();  // all threads have read the step
   __shared__ bool last;
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(ticket, 1u) == gridDim.x - 1;
-    if (last) *ticket = 0;
-  }
+  if (threadIdx.x == 0) last = is_last_block(ticket);
   const Group& group = table.group[e.group];
   const Coefficients<T> c(group, o, learning_rate(group), step, static_cast<T>(gradient_factor(o)));
   const unsigned int count = static_cast<unsigned int>(step);

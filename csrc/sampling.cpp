@@ -175,6 +175,7 @@ Tensor sample(
   if (batch == 0) return ids;
 #ifdef WIKIGPT_CUDA
   if (logits.is_cuda()) {
+    STD_TORCH_CHECK(batch <= INT32_MAX, "logits: ", batch, " rows, allowed on a GPU are as many as a launch has blocks");
     const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
     const char* error = launch_sampling(p, current_cuda_stream(logits.get_device_index()));
     STD_TORCH_CHECK(error == nullptr, "sample: ", error);

@@ -38,7 +38,25 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   return {static_cast<uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16)};
 }
 
-inline void __threadfence() {}
+// A block that draws a ticket must have released what it did before, and acquired what the others did before it hands the
+// ticket to its other threads: a fence on either side of the atomic operation. (Here one block runs after the other, so that a
+// missing one changes no result.)
+inline bool fence_before = false, fence_after = true;
+inline int missing_fences = 0;
+inline void __threadfence() { fence_before = fence_after = true; }
+inline uint32_t atomic_add_with_fences(uint32_t* address, uint32_t value) {
+  missing_fences += !fence_before;
+  fence_after = false;
+  return atomicAdd(address, value);
+}
+inline void syncthreads_with_fences() {
+  if (threadIdx.x == 0) {
+    missing_fences += !fence_after;
+    fence_before = false;
+    fence_after = true;
+  }
+  __syncthreads();
+}
 template <typename T>
 T __ldcs(const T* address) {
   if (reinterpret_cast<uintptr_t>(address) % sizeof(T) != 0) std::abort();  // a GPU would fault
@@ -82,6 +100,8 @@ cudaError_t start(void (*kernel)(P...), int blocks, cudaStream_t, const A&... ar
   return cudaSuccess;
 }
 
+#define atomicAdd atomic_add_with_fences
+#define __syncthreads syncthreads_with_fences
 #include "../csrc/optimizer.cu"
 
 using namespace wikigpt::optimizer;
@@ -104,3 +124,5 @@ extern "C" int emulated_update(
 }
 
 extern "C" int emulated_launches() { return launches; }
+
+extern "C" int emulated_missing_fences() { return missing_fences; }

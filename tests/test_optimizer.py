@@ -859,6 +859,20 @@ def test_the_cuda_kernels_emulated_give_what_the_reference_gives(emulated, monke
             )
 
 
+def test_a_ticket_is_drawn_between_two_fences(emulated):
+    """So that the last block sees what the others did: without them a GPU may show it an older norm, or a later step."""
+    grads = [torch.randn(40_000)]
+    emulated.grad_norm(grads)
+    params, steps = [torch.randn(40_000)], [torch.zeros(())]
+    moments = [[torch.zeros(40_000)] for _ in range(2)]
+    emulated.adamw(
+        optimizer.Update(
+            params, grads, *moments, [], [], [], steps, [], None, None, None, None, [1e-3, 0.9, 0.99, 1e-8, 0.0, 0.0], [1], [0]
+        )
+    )
+    assert emulated.library.emulated_missing_fences() == 0
+
+
 def test_many_tensors_take_several_emulated_launches(emulated, monkeypatch):
     functions = {"grad_norm": emulated.grad_norm, "adamw": emulated.adamw}
     monkeypatch.setattr(optimizer, "choose", lambda op, device_type: functions[op])
