@@ -1,5 +1,6 @@
 """Training: exact resume, signals, divergence, accumulation, several processes. Real processes where it matters."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from wikigpt import checkpoint
 from wikigpt.config import resolve
 from wikigpt.data import prepare
 from wikigpt.errors import UserError
-from wikigpt.train import Batches, Processes, Trainer, lr_factor, read_log
+from wikigpt.train import Batches, Optimizers, Processes, StepGraph, Trainer, lr_factor, read_log
 
 TINY = [
     "n_layer=2", "n_head=2", "n_embd=32", "context_length=32", "batch_size=4", "steps=12", "warmup_steps=3",
@@ -359,6 +361,75 @@ def test_ddp_and_fsdp_on_two_processes_follow_one_process_with_the_double_batch_
     assert done.returncode == 0, done.stdout + done.stderr
     assert max(losses(tmp_path / "fsdp")) == 14
     assert checkpoint.load_model(tmp_path / "fsdp").model.num_parameters() > 0
+
+
+# --- a captured step, on a GPU that is not there --------------------------------------------------------------------
+
+
+class FakeCuda:
+    """What a capture touches, where the optimiser's step cannot be captured and the end of the capture fails for that: as on a
+    GPU the capture's stream then stays the current one, and the generator goes on waiting."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch, self.stream, self.capturing = monkeypatch, "usual", False
+        for name in ("graph", "current_stream", "set_stream"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+        monkeypatch.setattr(torch.cuda, "Stream", self.current_stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "default_generators", (self,))
+
+    def current_stream(self, device):
+        return SimpleNamespace(name=self.stream, wait_stream=lambda stream: None)
+
+    def set_stream(self, stream):
+        self.stream = stream.name
+
+    def clone_state(self):
+        return torch.get_rng_state()
+
+    def graphsafe_set_state(self, state):
+        torch.set_rng_state(state)
+        self.capturing = False
+
+    @contextlib.contextmanager
+    def graph(self, graph):
+        def refuse(optimizers):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        self.stream, self.capturing, random = "of the capture", True, torch.get_rng_state()
+        with self.monkeypatch.context() as patch:
+            patch.setattr(Optimizers, "step", refuse)
+            with contextlib.suppress(RuntimeError):
+                yield
+        torch.set_rng_state(random)  # a capture draws no number
+        raise RuntimeError("operation failed due to a previous error during capture\nmore of it")
+
+
+def test_a_capture_that_fails_leaves_a_run_as_it_would_be_without(text, tmp_path, monkeypatch):
+    cuda, runs = FakeCuda(monkeypatch), []
+    for captured in (False, True):
+        trainer, lines = make_trainer(text, tmp_path / str(captured), "dropout=0.2"), []
+        if captured:
+            trainer.compute = StepGraph(trainer._compute, trainer.optimizers.drop_gradients, lines.append)
+        losses = [float(trainer.train_step()) for _ in range(7)]
+        runs.append((losses, list(trainer.model.parameters())))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(p, q) for p, q in zip(runs[0][1], runs[1][1]))
+    assert (cuda.stream, cuda.capturing) == ("usual", False)
+    assert lines == ["no CUDA graph, steps run one kernel at a time: operation failed due to a previous error during capture"]
+
+
+def test_whoever_times_a_captured_step_can_see_why_it_is_none(text, tmp_path, monkeypatch):
+    FakeCuda(monkeypatch)
+    trainer = make_trainer(text, tmp_path)
+    graph = StepGraph(trainer._compute, trainer.optimizers.drop_gradients, lambda line: None)
+    places = trainer.batches.places(0, 4)
+    for _ in range(StepGraph.WARMUP):
+        graph(places)
+    assert (graph.failed, graph.graph) == (None, None)
+    graph(places)
+    assert graph.failed == "operation failed due to a previous error during capture"
 
 
 def test_the_log_is_one_json_object_a_line(text, tmp_path):

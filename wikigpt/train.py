@@ -158,11 +158,15 @@ class Optimizers:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
         for optimizer in self.all:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        self.drop_gradients()
         if not self.one_pass and self.ema is not None:
             with torch.no_grad():
                 averages: list[Tensor] = list(self.ema.parameters())
                 torch._foreach_lerp_(averages, list(self.model.parameters()), 1 - self.config.ema_decay)
+
+    def drop_gradients(self) -> None:
+        for optimizer in self.all:
+            optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> list[dict[str, Any]]:
         """As torch's optimisers have them; the averages are the state of `ema` and not here."""
@@ -264,15 +268,16 @@ class StepGraph:
     """`step(places) -> loss`, run as one CUDA graph: the host then starts one graph a step instead of hundreds of kernels.
 
     The first steps run as they are, on a stream of their own as capture asks for: they compile kernels and make the
-    optimiser's state. Where capture fails, all steps do, with a line that says why.
+    optimiser's state. Where capture fails, all steps do: `failed` is the reason then, else None, and one line in the log says
+    it. Whoever times graphs must look at `failed`.
     """
 
     WARMUP = 3
 
-    def __init__(self, step: Callable[[Tensor], Tensor], log: Callable[[str], None]):
-        self.step, self.log, self.calls = step, log, 0
+    def __init__(self, step: Callable[[Tensor], Tensor], drop_gradients: Callable[[], None], log: Callable[[str], None]):
+        self.step, self.drop_gradients, self.log, self.calls = step, drop_gradients, log, 0
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.failed = False
+        self.failed: str | None = None
 
     def __call__(self, places: Tensor) -> Tensor:
         self.calls += 1
@@ -283,22 +288,33 @@ class StepGraph:
                 loss = self.step(places)
             torch.cuda.current_stream(places.device).wait_stream(stream)
             return loss
-        if self.failed:
-            return self.step(places)
+        if self.graph is None and self.failed is None:
+            self._capture(places)
         if self.graph is None:
-            self.places = places.clone()
-            graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(graph):
-                    self.loss = self.step(self.places)
-            except RuntimeError as error:
-                self.failed = True
-                self.log(f"no CUDA graph, steps run one kernel at a time: {str(error).splitlines()[0]}")
-                return self.step(places)
-            self.graph = graph
+            return self.step(places)
         self.places.copy_(places)
         self.graph.replay()
         return self.loss
+
+    def _capture(self, places: Tensor) -> None:
+        self.places = places.clone()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(places.device)
+        try:
+            with torch.cuda.graph(graph):
+                self.loss = self.step(self.places)
+        except Exception as error:  # whatever it is: the same step, run as it is, decides whether it is one of the program
+            self.failed = (str(error).strip() or type(error).__name__).splitlines()[0]
+        else:
+            self.graph = graph
+            return
+        # Where the end of a capture fails too, torch leaves its stream as the current one and the generator waiting for the
+        # end. A clone of the generator's state waits for nothing, and has drawn nothing in the capture. Gradients hold what
+        # no kernel has written, and the next backward would add to them.
+        torch.cuda.set_stream(stream)
+        for generator in torch.cuda.default_generators:
+            generator.graphsafe_set_state(generator.clone_state())
+        self.drop_gradients()
+        self.log(f"no CUDA graph, steps run one kernel at a time: {self.failed}")
 
 
 class Mark:
@@ -383,7 +399,9 @@ class Trainer:
         self.forward = torch.compile(self.wrapped) if train.compile else self.wrapped
         to_device = torch.from_numpy(dataset.tokens["train"].astype("int32")).to(device)
         self.batches = Batches(to_device, config.model.context_length, train.seed)
-        self.compute: Callable[[Tensor], Tensor] = StepGraph(self._compute, self.log) if captured else self._compute
+        self.compute: Callable[[Tensor], Tensor] = self._compute
+        if captured:
+            self.compute = StepGraph(self._compute, self.optimizers.drop_gradients, self.log)
         self.step = 0
         self.seconds = 0.0
         self.best = math.inf
