@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from wikigpt.kernels import bias_gelu, geglu, swiglu
 
-from .suite import Function, Measure, Peer, Problem, assert_right, plain, rows
+from .suite import Function, Measure, Peer, Problem, assert_right, dtype_of, plain, rows
 
 
 class Case(NamedTuple):
@@ -31,6 +31,7 @@ class Case(NamedTuple):
 # device, sizes -> (rows, features). MLPs of GPT-2 and of Llama 7B.
 SHAPES = {
     ("cuda", "smoke"): [(1024, 3072)],
+    ("cuda", "check"): [(8192, 11008)],
     ("cuda", "default"): [(8192, 3072), (8192, 11008)],
     ("cuda", "full"): [(n, f) for n in (64, 1024, 8192, 32768) for f in (1000, 3072, 11008, 14336)],
     ("cpu", "smoke"): [(64, 256)],
@@ -105,8 +106,8 @@ def cases(device: str, sizes: str) -> list[Case]:
 
 
 def peers(case: Case, device: str, sizes: str) -> dict[str, Peer]:
-    # A compiler's minute is too long for a smoke test.
-    return {name: peer for name, peer in PEERS[case.op].items() if sizes != "smoke" or name != "torch.compile"}
+    # A compiler's minute is too long for a smoke test, and ten of them for the check.
+    return {name: peer for name, peer in PEERS[case.op].items() if sizes not in ("smoke", "check") or name != "torch.compile"}
 
 
 def run(function: Function, inputs: list[Tensor], grad: Tensor | None) -> list[Tensor]:
@@ -117,7 +118,7 @@ def run(function: Function, inputs: list[Tensor], grad: Tensor | None) -> list[T
 def problem(case: Case, device: str) -> Problem:
     op, n, f = OPS[case.op], case.n, case.f
     rng = torch.Generator(device).manual_seed(n + f)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = dtype_of(device)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=rng, device=device, dtype=dtype)

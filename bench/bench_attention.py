@@ -22,7 +22,7 @@ from wikigpt.kernels import flash_attn_func, flash_attn_with_kvcache
 from wikigpt.kernels.attention.op import attention
 from wikigpt.kernels.attention.reference import Inputs, attention_reference
 
-from .suite import Function, Measure, Peer, Problem, assert_right, plain, rows
+from .suite import Function, Measure, Peer, Problem, assert_right, dtype_of, plain, rows
 
 
 class Case(NamedTuple):
@@ -37,6 +37,7 @@ class Case(NamedTuple):
 def cases(device: str, sizes: str) -> list[Case]:
     tokens, width, dims, lengths = {
         ("cuda", "smoke"): (2048, 512, (64,), (512,)),
+        ("cuda", "check"): (16384, 2048, (64, 128), (512, 2048, 8192)),
         ("cuda", "default"): (16384, 2048, (64, 128), (512, 2048, 8192, 16384)),
         ("cuda", "full"): (16384, 2048, (64, 128), (512, 1024, 2048, 4096, 8192, 16384)),
         ("cpu", "smoke"): (256, 64, (32,), (128,)),
@@ -47,7 +48,7 @@ def cases(device: str, sizes: str) -> list[Case]:
         Case(direction, tokens, width, dim, causal, s)
         for direction in ("forward", "forward and backward")
         for dim in dims
-        for causal in (True, False)
+        for causal in ((True,) if sizes == "check" else (True, False))
         for s in lengths
     ]
 
@@ -118,6 +119,8 @@ PEERS = {
 
 def peers(case: Case, device: str, sizes: str) -> dict[str, Peer]:
     found = dict(PEERS)
+    if sizes == "check":
+        return {name: peer for name, peer in found.items() if name not in ("reference", "SDPA efficient", "FlexAttention")}
     if device == "cuda" and sizes != "full" and (not case.causal or case.s not in (2048, 16384)):
         del found["FlexAttention"]  # each length compiles it anew, a quarter of a minute
     if device == "cuda" and case.s > 2048:
@@ -127,7 +130,7 @@ def peers(case: Case, device: str, sizes: str) -> dict[str, Peer]:
 
 def problem(case: Case, device: str) -> Problem:
     backward = case.direction != "forward"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = dtype_of(device)
     rng = torch.Generator(device).manual_seed(case.s + case.head_dim)
     shape = (case.tokens // case.s, case.s, case.width // case.head_dim, case.head_dim)
     q, k, v, grad = (torch.randn(shape, generator=rng, device=device, dtype=dtype) for _ in range(4))
@@ -187,6 +190,7 @@ class Decode(NamedTuple):
 def decode_cases(device: str, sizes: str) -> list[Decode]:
     contexts, heads, key_heads = {
         ("cuda", "smoke"): ([(2, 1024)], 8, 2),
+        ("cuda", "check"): ([(1, 131072), (16, 8192), (64, 8192)], 32, 8),
         ("cuda", "default"): ([(1, 131072), (4, 32768), (16, 8192), (64, 8192)], 32, 8),
         ("cuda", "full"): ([(b, n) for b in (1, 4, 16, 64) for n in (8192, 32768, 131072) if b * n <= 2**21], 32, 8),
         ("cpu", "smoke"): ([(2, 64)], 4, 2),
@@ -198,7 +202,7 @@ def decode_cases(device: str, sizes: str) -> list[Decode]:
 
 def decode_problem(case: Decode, device: str) -> Problem:
     dim, page = 128, min(256, case.context)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = dtype_of(device)
     rng = torch.Generator(device).manual_seed(case.context)
     shape = (case.batch, case.context, case.key_heads, dim)
     k, v = (torch.randn(shape, generator=rng, device=device, dtype=dtype) for _ in range(2))

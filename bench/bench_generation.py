@@ -18,7 +18,7 @@ import torch
 from wikigpt import hub
 from wikigpt.generate import generate
 
-from .suite import Function, Measure, Peer, Problem, plain, rows
+from .suite import Function, Measure, Peer, Problem, dtype_of, plain, rows
 
 transformers = pytest.importorskip("transformers")
 
@@ -37,6 +37,7 @@ def cases(device: str, sizes: str) -> list[Case]:
         ("cpu", "smoke"): [Case(2, 64, 1000, 2, 8, 16)],
         ("cpu", "default"): [Case(4, width, 33278, batch, 32, 128) for width in (128, 192) for batch in (1, 8)],
         ("cpu", "full"): [Case(4, width, 33278, batch, 32, 128) for width in (128, 192, 512) for batch in (1, 8, 32)],
+        ("cuda", "check"): [Case(12, 768, 50257, 1, 128, 64)],
         ("cuda", "smoke"): [Case(2, 64, 1000, 2, 8, 16)],
         ("cuda", "default"): [Case(12, 768, 50257, batch, 128, 64) for batch in (1, 16, 64)],
         ("cuda", "full"): [Case(12, 768, 50257, batch, 128, 256) for batch in (1, 4, 16, 64, 256)],
@@ -80,7 +81,7 @@ def models(case: Case) -> tuple[Any, Any]:
 
 def problem(case: Case, device: str) -> Problem:
     ours, theirs = (model.to(device) for model in models(case))
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = dtype_of(device)
     prompts = torch.randint(case.vocab_size, (case.batch, case.prompt), generator=torch.Generator().manual_seed(1)).to(device)
 
     def run(name: str, count: int) -> list[list[int]]:

@@ -19,7 +19,7 @@ from wikigpt.kernels import FusedAdamW
 
 from wikigpt.model import GPT, GPTConfig
 
-from .suite import Function, Measure, Problem, assert_right, plain, rows
+from .suite import Function, Measure, Peer, Problem, assert_right, plain, rows
 
 CLIP = 1.0
 OPTIONS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
@@ -37,7 +37,7 @@ SIZES = {"tiny": (2, 64, 1000), "10M": (6, 256, 20_000), "124M": (12, 768, 50_25
 
 
 def cases(device: str, sizes: str) -> list[Case]:
-    names = {"smoke": ["tiny"], "default": ["10M", "124M"], "full": ["10M", "124M", "1B"]}[sizes]
+    names = {"smoke": ["tiny"], "check": ["124M"], "default": ["10M", "124M"], "full": ["10M", "124M", "1B"]}[sizes]
     if device == "cpu":
         return [Case(*SIZES[name], host=True) for name in names if name != "1B"]
     return [Case(*SIZES[name], host=host) for host in (False, True) for name in names]
@@ -124,6 +124,10 @@ def problem(case: Case, device: str) -> Problem:
     )
 
 
-@rows(cases, lambda case, device, sizes: PEERS)
+def peers(case: Case, device: str, sizes: str) -> dict[str, Peer]:
+    return {name: peer for name, peer in PEERS.items() if sizes != "check" or name in ("ours", "torch fused")}
+
+
+@rows(cases, peers)
 def test_optimizer(measure: Measure, case: Case, name: str) -> None:
     measure(problem, case, name)

@@ -17,7 +17,7 @@ from torch import Tensor
 from wikigpt.kernels import apply_rotary_emb, apply_rotary_emb_qk, rotary_cos_sin
 from wikigpt.kernels.rotary import apply_rotary_emb_reference
 
-from .suite import Function, Measure, Peer, Problem, assert_right, plain, rows
+from .suite import Function, Measure, Peer, Problem, assert_right, dtype_of, plain, rows
 
 
 class Case(NamedTuple):
@@ -33,6 +33,7 @@ class Case(NamedTuple):
 # device, sizes -> (batch, positions, heads, key heads, head_dim)
 SHAPES = {
     ("cuda", "smoke"): [(2, 256, 8, 2, 64)],
+    ("cuda", "check"): [(8, 2048, 32, 8, 128)],
     ("cuda", "default"): [(8, 2048, 32, 8, 128), (8, 2048, 16, 16, 64), (64, 1, 32, 8, 128)],
     ("cuda", "full"): [
         (b, s, 32, g, d) for b, s in ((1, 2048), (8, 2048), (2, 32768), (64, 1)) for g in (8, 32) for d in (64, 128)
@@ -94,7 +95,7 @@ PEERS = {
 
 def peers(case: Case, device: str, sizes: str) -> dict[str, Peer]:
     found = dict(PEERS)
-    if sizes == "smoke":  # a compiler's minute
+    if sizes in ("smoke", "check"):  # a compiler's minute
         del found["torch.compile"]
     if case.backward:  # of a leaf there is no gradient in place
         del found["ours, in place"]
@@ -105,7 +106,7 @@ def peers(case: Case, device: str, sizes: str) -> dict[str, Peer]:
 
 def problem(case: Case, device: str) -> Problem:
     rng = torch.Generator(device).manual_seed(case.s)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = dtype_of(device)
 
     def draw(heads: int) -> Tensor:
         shape = (case.batch, case.s, heads, case.head_dim)

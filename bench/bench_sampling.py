@@ -43,6 +43,7 @@ FILTERS: list[tuple[int | None, float | None, float | None]] = [
 # device, sizes -> (rows, vocabulary)
 SHAPES = {
     ("cuda", "smoke"): [(4, 1000)],
+    ("cuda", "check"): [(64, 128256), (1, 50257)],
     ("cuda", "default"): [(64, 128256), (1, 50257), (1, 128256), (256, 128256)],
     ("cuda", "full"): [(b, v) for v in (257, 33278, 50257, 128256, 262144) for b in (1, 8, 64, 256)],
     ("cpu", "smoke"): [(4, 1000)],
@@ -107,7 +108,7 @@ def flashinfer() -> Function:
 
 
 def peers(case: Case, device: str, sizes: str) -> dict[str, Peer]:
-    return {
+    found = {
         "ours": plain(ours),
         "ours, torch operators": plain(functools.partial(ours, backend="torch")),
         **({"torch, sort + multinomial": plain(by_sort)} if case.top_p is not None else {}),
@@ -116,6 +117,9 @@ def peers(case: Case, device: str, sizes: str) -> dict[str, Peer]:
         "torch.compile": Peer(functools.partial(torch.compile, by_sort, dynamic=False), "cuda"),
         "flashinfer": Peer(flashinfer, "cuda", "flashinfer"),
     }
+    if sizes == "check":
+        del found["torch.compile"]
+    return found
 
 
 def allowed(logits: Tensor, case: Case) -> Tensor:

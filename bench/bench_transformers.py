@@ -18,7 +18,7 @@ from torch import Tensor
 
 from wikigpt.integrations.transformers import patch
 
-from .suite import Function, Measure, Peer, Problem, plain, rows
+from .suite import Function, Measure, Peer, Problem, dtype_of, plain, rows
 
 transformers = pytest.importorskip("transformers")
 
@@ -39,6 +39,7 @@ SHAPES = {
     ("cpu", "default"): [(64, 2, 512, 4, 128), (256, 4, 8192, 4, 128), (512, 4, 32000, 2, 256)],
     ("cpu", "full"): [(64, 2, 512, 4, 128), (256, 4, 8192, 4, 128), (512, 4, 32000, 2, 256), (768, 12, 50257, 2, 512)],
     ("cuda", "smoke"): [(256, 2, 8192, 4, 256)],
+    ("cuda", "check"): [(768, 12, 50257, 8, 1024)],
     ("cuda", "default"): [(768, 12, 50257, 8, 1024), (2048, 16, 128256, 4, 2048)],
     ("cuda", "full"): [(768, 12, 50257, 8, 1024), (2048, 16, 128256, 4, 2048), (4096, 8, 128256, 4, 4096)],
 }
@@ -71,7 +72,7 @@ def build(case: Case) -> Any:
 
 
 def problem(case: Case, device: str) -> Problem:
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = dtype_of(device)
     theirs = build(case).to(device, dtype)
     patched = copy.deepcopy(theirs)
     patch(patched)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from . import machine
-from .suite import Measure, Report
+from . import machine, records
+from .suite import Measure, Report, entry_of
 from .tables import print_tables
 from .timing import copy_ceiling, matmul_ceiling
 
@@ -19,16 +20,40 @@ _begin = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--sizes", choices=("smoke", "default", "full"), default="default", help="how large the problems are")
+    parser.addoption(
+        "--sizes", choices=("smoke", "check", "default", "full"), default="default",
+        help="how large the problems are; check: what make gpu-check has time for, on a CPU the same as smoke",
+    )  # fmt: skip
     parser.addoption("--device", choices=("cpu", "cuda"), default=None, help="default: cuda where there is one")
     parser.addoption("--time-limit", type=float, default=None, help="seconds after which further groups are skipped")
+    parser.addoption(
+        "--journal", type=Path, action="append", default=[], help="file to which each finished row is added at once"
+    )
+    parser.addoption("--skip-finished", action="store_true", help="leave out what the journal has at this commit")
+    parser.addoption("--part", default="bench/bench", help="the part of the journal that the rows belong to")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--sizes") == "smoke" and device_of(config) == "cpu":
+    if sizes_of(config) == "smoke" and device_of(config) == "cpu":
         # Problems so small gain nothing from a second thread, and on a busy machine they wait long for it.
         os.environ["OMP_NUM_THREADS"] = "1"  # for the processes of bench_training.py
         torch.set_num_threads(1)
+
+    def say(line: str) -> None:
+        with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            # It may stand behind the dots of finished rows.
+            config.pluginmanager.getplugin("terminalreporter").write(f"\n| {line}\n")
+
+    _report.say = say
+    if paths := config.getoption("--journal"):
+        journal, part = records.Journal(*paths), config.getoption("--part")
+        journal.add(part, "begin", **records.about(device_of(config), sizes_of(config)))
+        _report.journal = lambda row, case="": journal.add(part, "row", case=case, **entry_of(row))
+
+
+def sizes_of(config: pytest.Config) -> str:
+    found = config.getoption("--sizes")
+    return "smoke" if found == "check" and device_of(config) == "cpu" else found
 
 
 def device_of(config: pytest.Config) -> str:
@@ -37,7 +62,7 @@ def device_of(config: pytest.Config) -> str:
 
 @pytest.fixture(scope="session")
 def sizes(request: pytest.FixtureRequest) -> str:
-    return request.config.getoption("--sizes")
+    return sizes_of(request.config)
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +85,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     test: Any = metafunc.function
     if not hasattr(test, "peers"):
         return
-    device, sizes = device_of(metafunc.config), metafunc.config.getoption("--sizes")
+    device, sizes = device_of(metafunc.config), sizes_of(metafunc.config)
     parameters = []
     for case in test.cases(device, sizes):
         for name, peer in test.peers(case, device, sizes).items():
@@ -71,6 +96,38 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 key = metafunc.module.__name__.rpartition(".")[2].removeprefix("bench_")
                 _report.missing.setdefault(reason, {}).setdefault(key, set()).add(name)
     metafunc.parametrize(("case", "name"), parameters)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the groups of which the journal has every row already."""
+    paths = config.getoption("--journal")
+    if not paths or not config.getoption("--skip-finished"):
+        return
+    part = records.fold(records.read_lines(paths[0])).get(config.getoption("--part"), {"rows": []})
+    finished = {(row["case"], row["name"]) for row in part["rows"] if row.get("case")}
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        groups.setdefault(str(key_of(item)), []).append(item)
+    done = [
+        item
+        for key, members in groups.items()
+        if all((key, item.callspec.params.get("name")) in finished for item in members if hasattr(item, "callspec"))
+        for item in members
+        if hasattr(item, "callspec")
+    ]
+    config.hook.pytest_deselected(items=done)
+    left = set(items) - set(done)
+    items[:] = [item for item in items if item in left]
+
+
+UNFINISHED = 7  # exit code: the time limit left something out
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if _report.late and session.config.getoption("--journal"):
+        session.exitstatus = UNFINISHED
+    elif exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and session.config.getoption("--skip-finished"):
+        session.exitstatus = pytest.ExitCode.OK  # everything was finished before
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -105,7 +162,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
         for key in ("params", "options"):  # cases are objects, and the axes hold what they say
             entry.pop(key, None)
     device = device_of(config)
-    output_json["sizes"] = config.getoption("--sizes")
+    output_json["sizes"] = sizes_of(config)
     output_json["missing"] = {
         reason: {test: sorted(names) for test, names in tests.items()} for reason, tests in _report.missing.items()
     }

@@ -871,6 +871,7 @@ def _fill_with_zeros() -> None:
     def zeroed(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def make(*args: Any, **kwargs: Any) -> Any:
+            kwargs.pop("pin_memory", None)  # which PyTorch has for a GPU alone
             made = function(*args, **kwargs)
             return made if made.is_meta else made.zero_()
 

@@ -1,18 +1,27 @@
-"""What the files under bench/results/<machine>/ hold, and how to read all of them.
+"""What the files under bench/results/<machine>/ hold, how they are written and how to read all of them.
 
-A file is an object of parts; a part says when and on what it was made ("date", "machine", "commit") and holds either "rows" of
-a benchmark, each {"group", "name", "median", ...}, or figures of its own. `pytest bench/ --benchmark-json=FILE` may be put
-there as it is: it is read as one part.
+A part says when and on what it was made ("date", "machine", "commit") and holds either "rows" of a benchmark, each {"group",
+"name", "median", ...}, or figures of its own. A .json file is an object of parts; `pytest bench/ --benchmark-json=FILE` may be
+put there as it is and is read as one. A .jsonl file is a journal: a line for everything that was finished, in the order in
+which it was, so that a run that is killed loses nothing but what it was at. Each line names its part and its kind:
+
+    begin   a part starts, on this machine, at this commit: what an earlier commit found in it no longer counts
+    row     one implementation of one shape; a later line of the same group and name takes its place
+    test    one test: its name and outcome
+    end     the part is over: whether it passed, seconds, and figures of its own
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from . import machine
 
 KEPT = ("median", "q1", "q3", "min", "max", "rounds")
 
@@ -43,6 +52,71 @@ def write(path: Path, content: Any) -> None:
     os.replace(temporary, path)
 
 
+def about(device: str, sizes: str) -> dict[str, Any]:
+    """What a part of a journal begins with."""
+    facts = machine.facts(device)
+    date = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    return {"date": date, "commit": facts["commit"], "machine": facts, "sizes": sizes}
+
+
+class Journal:
+    """Lines appended to one or more files. A line is one write, so that processes may share a file."""
+
+    def __init__(self, *paths: Path):
+        self.paths = paths
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, part: str, kind: str, **content: Any) -> None:
+        line = (json.dumps({"part": part, "kind": kind, **content}) + "\n").encode()
+        for path in self.paths:
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(descriptor, line)
+            finally:
+                os.close(descriptor)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Those of the first file."""
+        return read_lines(self.paths[0]) if self.paths[0].exists() else []
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a journal. The write of a killed process may have ended in mid-line: such a line is left out."""
+    found = []
+    for text in path.read_text(errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and "part" in line and "kind" in line:
+            found.append(line)
+    return found
+
+
+def fold(lines: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Name of a part -> its content, as the lines of a journal leave it."""
+    parts: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        name, kind = line["part"], line["kind"]
+        rest = {key: value for key, value in line.items() if key not in ("part", "kind")}
+        if kind == "begin":
+            before = parts.get(name, {})
+            kept = before if before.get("commit") == rest.get("commit") and before.get("sizes") == rest.get("sizes") else {}
+            # What the last run said at its end is not true of this one until it ends.
+            parts[name] = {**rest, "rows": kept.get("rows", []), "tests": kept.get("tests", {})}
+            continue
+        part = parts.setdefault(name, {"rows": [], "tests": {}})
+        if kind == "row":
+            key = (rest.get("group"), rest.get("name"))
+            part["rows"] = [row for row in part["rows"] if (row.get("group"), row.get("name")) != key] + [rest]
+        elif kind == "test":
+            part["tests"][rest["test"]] = rest
+        elif kind == "end":
+            part.update(rest)
+    return parts
+
+
 @dataclass(frozen=True)
 class Record:
     """A part of a file of results."""
@@ -59,6 +133,10 @@ class Record:
 
 def load(results: Path) -> Iterator[Record]:
     """Every part of every file, machines and files by name. ValueError for a file that is no object of parts."""
+    for path in sorted(results.glob("*/*.jsonl")):
+        for name, part in fold(read_lines(path)).items():
+            file, _, key = name.partition("/")
+            yield Record(path.parent.name, file, key or file, part)
     for path in sorted(results.glob("*/*.json")):
         content = json.loads(path.read_text())
         parts = {path.stem: condense(content)} if "benchmarks" in content else content

@@ -16,6 +16,7 @@ import functools
 import gc
 import importlib
 import importlib.util
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,11 +27,17 @@ from torch import Tensor
 
 from tests.conftest import assert_as_accurate_as
 
+from . import FAKE
 from .timing import Samples, copy_ceiling, matmul_ceiling, peak_bytes, take_turns
 
 Function = Callable[..., Any]
-ROUNDS = {"smoke": 5, "default": 15, "full": 25}
-GROUP_SECONDS = {"smoke": 2.0, "default": 20.0, "full": 60.0}  # after these a group takes 3 rounds at least and no more
+ROUNDS = {"smoke": 5, "check": 11, "default": 15, "full": 25}
+GROUP_SECONDS = {
+    "smoke": 2.0,
+    "check": 4.0,
+    "default": 20.0,
+    "full": 60.0,
+}  # after these a group takes 3 rounds at least and no more
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ class Row:
     info: dict[str, Any] = field(default_factory=dict)  # for files: plain numbers
     columns: dict[str, str] = field(default_factory=dict)  # for people
     cannot: str | None = None  # it does not compute this
-    wrong: str | None = None  # it computes something else
+    wrong: str | None = None  # it computes something else, or is ours and breaks the numeric rule: it is timed all the same
 
     @property
     def group(self) -> str:
@@ -100,17 +107,40 @@ def ours(name: str) -> bool:
     return name == "ours" or name.startswith("ours,")
 
 
+def dtype_of(device: str) -> torch.dtype:
+    """In which a problem is timed: that of GPUs, and on a CPU its own."""
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
 def assert_right(
     name: str, results: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor], absolute: float = 0.0
 ) -> None:
     """Ours by the numeric rule: in each result at most twice the error of `plain`, both against `truth` in float64. A peer's
     accuracy is not ours to judge, but it has to compute the same: within 5%, of the largest value too."""
     assert len(results) == len(plain) == len(truth)
+    failed: AssertionError | None = None
     for got, simple, true in zip(results, plain, truth):
-        if ours(name):
-            assert_as_accurate_as(got, simple, true, absolute=absolute)
-        else:
+        if not ours(name):
             torch.testing.assert_close(got.double(), true, rtol=5e-2, atol=5e-2 * float(true.abs().max()))
+            continue
+        if got.shape == true.shape and true.numel():
+            _errors.append(tuple(float((x.double() - true).abs().max()) for x in (got, simple)))
+        try:
+            assert_as_accurate_as(got, simple, true, absolute=absolute)
+        except AssertionError as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
+
+
+_errors: list[tuple[float, ...]] = []  # (ours, plain PyTorch's) of each result that assert_right has compared
+
+
+def error_ratio() -> float | None:
+    """The largest error of ours in parts of plain PyTorch's, over what was compared since the last call. None: nothing was."""
+    ratios = [ours / plain if plain else float(ours > 0) for ours, plain in _errors]
+    _errors.clear()
+    return max(ratios, default=None)
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
@@ -170,26 +200,32 @@ def guarded(row: Row, act: Callable[[], Any]) -> Any:
 def measure_group(
     problem: Problem, peers: Mapping[str, Peer], device: str, sizes: str, only_check: bool = False
 ) -> dict[str, Row]:
-    """Check every peer, then time those that are right."""
+    """Check every peer, then time all that can run: a wrong one is flagged, and how fast it is may say why."""
     found = {name: Row(problem.op, problem.shape, name) for name in peers}
 
     def compare(name: str) -> None:
-        problem.check(name, make(peers[name]))
+        function = make(peers[name])
+        if FAKE:  # a fake GPU computes nothing
+            return
+        error_ratio()
+        try:
+            problem.check(name, function)
+        finally:
+            if (ratio := error_ratio()) is not None:
+                found[name].info["error_ratio"] = ratio
 
     def prepare(name: str) -> Callable[[], Any]:
         call = problem.call(name, make(peers[name]))
         call()
         return call
 
-    def right() -> list[str]:
-        return [name for name, row in found.items() if row.wrong is None and row.cannot is None]
-
     for name, row in found.items():
         guarded(row, functools.partial(compare, name))
     if only_check:
         return found
-    prepared = {name: guarded(found[name], functools.partial(prepare, name)) for name in right()}
-    calls = {name: prepared[name] for name in right()}
+    able = [name for name, row in found.items() if row.cannot is None]
+    prepared = {name: guarded(found[name], functools.partial(prepare, name)) for name in able}
+    calls = {name: call for name, call in prepared.items() if call is not None}
     if not calls:
         return found
     samples = take_turns(calls, device, ROUNDS[sizes], wall=problem.wall, limit=GROUP_SECONDS[sizes])
@@ -201,7 +237,7 @@ def measure_group(
 def fill(row: Row, problem: Problem, device: str, samples: Samples, peak: int) -> None:
     """Enter the samples and everything that follows from them."""
     row.samples = samples
-    row.info = {
+    row.info |= {
         "op": problem.op,
         "shape": problem.shape,
         "implementation": row.name,
@@ -228,6 +264,8 @@ def fill(row: Row, problem: Problem, device: str, samples: Samples, peak: int) -
         row.info |= {"bytes_per_second": rate, "of_ceiling": rate / ceiling, "ceiling": "copy"}
         row.columns |= {"GB/s": f"{rate / 1e9:,.4g}", "of copy": f"{rate / ceiling:.0%}"}
     row.columns |= {"peak MiB": f"{peak / 2**20:,.1f}", **problem.columns(peak)}
+    if row.wrong is not None:
+        row.info["wrong"] = row.wrong
 
 
 # --- pytest ---------------------------------------------------------------------------------------------------------
@@ -266,20 +304,21 @@ class Measure:
             gc.collect()
             if self.device == "cuda":
                 torch.cuda.empty_cache()
+            self.report.group_is_done(str(key), self.report.groups[key])
         self.finish(self.report.groups[key][name])
 
     def finish(self, row: Row) -> None:
         """Hand a row to pytest-benchmark and to the tables; an error for a wrong result."""
         self.report.rows.append(row)
-        if row.wrong is not None:
-            pytest.fail(row.wrong, pytrace=False)
         if row.cannot is not None:
             pytest.skip(f"{row.name} does not compute {row.group}: {row.cannot}")
         if row.samples is None:
             self.benchmark.skipped = True  # pytest-benchmark is not to warn that it was not used
-            return
-        self.benchmark.extra_info.update(row.info)
-        hand_over(self.benchmark, row.group, row.samples.seconds)
+        else:
+            self.benchmark.extra_info.update(row.info)
+            hand_over(self.benchmark, row.group, row.samples.seconds)
+        if row.wrong is not None:
+            pytest.fail(row.wrong, pytrace=False)
 
 
 @dataclass
@@ -292,6 +331,49 @@ class Report:
     chosen: dict[Any, list[str]] = field(default_factory=dict)  # group -> names that this session runs
     rows: list[Row] = field(default_factory=list)
     missing: dict[str, dict[str, set[str]]] = field(default_factory=dict)  # reason -> test -> names
+    # Where a row is written: one that may be measured further, or with the name of its case one that is finished.
+    journal: Callable[..., None] = lambda row, case="": None
+    say: Callable[[str], None] = lambda line: None  # where a line for a person goes
+
+    def group_is_done(self, case: str, rows: Mapping[str, Row]) -> None:
+        """Rows to the journal, and one line to whoever looks on."""
+        for row in rows.values():
+            self.journal(row, case)
+        self.say(line_of(rows))
+
+
+def line_of(rows: Mapping[str, Row]) -> str:
+    """A group in one line: time and rate of ours, how many times as long each peer takes, what is wrong."""
+    group = next(iter(rows.values())).group
+    if FAKE:  # times of a fake GPU are no figures
+        how = [f"{name} {row.wrong or row.cannot or 'ran'}" for name, row in rows.items()]
+        return f"{group}: {', '.join(how)}"
+    shown = []
+    base = next((row.samples.median for name, row in rows.items() if name == "ours" and row.samples), None)
+    for name, row in rows.items():
+        if row.samples is None:
+            shown.append(f"{name} {'FAILS' if row.wrong else 'cannot'}")
+        elif name == "ours" or base is None:
+            rate = ", ".join(f"{row.columns[key]} {key}" for key in RATES if key in row.columns)
+            shown.append(f"{name} {row.samples.median * 1e3:.4g} ms{', ' if rate else ''}{rate}")
+        else:
+            shown.append(f"{name} {row.samples.median / base:.2f}x")
+    wrong = [f"WRONG: {row.wrong}" for row in rows.values() if row.wrong]
+    return f"{group}: {'; '.join([*shown, *wrong])}"
+
+
+RATES = ("TFLOP/s", "of matmul", "GB/s", "of copy", "tokens/s", "MFU")
+
+
+def entry_of(row: Row) -> dict[str, Any]:
+    """A row for the journal, as records.condense makes it of pytest-benchmark's."""
+    entry: dict[str, Any] = {"group": row.group, "name": row.name, "op": row.op, "shape": row.shape}
+    if row.samples is not None:
+        seconds = row.samples.seconds
+        q1, median, q3 = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+        entry |= {"median": median, "q1": q1, "q3": q3, "min": min(seconds), "max": max(seconds), "rounds": len(seconds)}
+    reasons = {"cannot": row.cannot, "wrong": row.wrong}
+    return entry | {k: v for k, v in row.info.items() if k != "implementation"} | {k: v for k, v in reasons.items() if v}
 
 
 def rows(cases: Cases, peers: Peers) -> Callable[[Function], Function]:

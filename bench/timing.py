@@ -1,8 +1,9 @@
 """Durations by the device's own clock, of functions that take turns; peak memory; the ceilings of the machine.
 
-A sample on a GPU is the mean of some calls, each between two CUDA events and each after the L2 cache was overwritten. A
-kernel that spins holds the device back until the host has queued the whole sample, and a sample whose first call had begun
-before is taken again: so the launches' time on the host, which is as long as many kernels, is in none of them.
+A sample on a GPU is the mean of some calls, each between two CUDA events and each after the L2 cache was filled with clean
+lines of other data: to write over it would leave lines that the timed kernel has to write back. A kernel that spins holds the
+device back until the host has queued the whole sample, and a sample whose first call had begun before is taken again: so the
+launches' time on the host, which is as long as many kernels, is in none of them.
 
 Functions take turns, a sample each, so that a machine whose speed drifts slows all of them alike.
 """
@@ -19,6 +20,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from . import FAKE
 
 Call = Callable[[], Any]
 
@@ -65,9 +68,23 @@ class WallClock:
 class EventClock:
     """What the device works: CUDA events around each call, with a cold cache and no time of the host."""
 
+    WARM_SECONDS = 0.05  # of matrix products: an idle GPU runs at a sixth of its clock
+
     def __init__(self) -> None:
-        size = max(2**28, 2 * torch.cuda.get_device_properties(0).L2_cache_size)
-        self.cache = torch.empty(size, dtype=torch.int8, device="cuda")
+        size = 2**16 if FAKE else max(2**28, 4 * torch.cuda.get_device_properties(0).L2_cache_size)
+        self.cache = torch.zeros(size // 4, dtype=torch.int32, device="cuda")  # only ever read from here on
+        self.most = torch.zeros((), dtype=torch.int32, device="cuda")
+        self.cycles_per_second = self._cycles_per_second()
+
+    def _cycles_per_second(self) -> float:
+        a = torch.randn(*(2 * [64 if FAKE else 4096]), device="cuda", dtype=torch.bfloat16)
+        out = torch.empty_like(a)
+        torch.cuda.synchronize()
+        since = time.perf_counter()
+        while time.perf_counter() - since < self.WARM_SECONDS:
+            for _ in range(20):
+                torch.mm(a, a, out=out)
+            torch.cuda.synchronize()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         cycles = 10_000_000
         for _ in range(2):  # the first loads the kernel
@@ -75,7 +92,11 @@ class EventClock:
             torch.cuda._sleep(cycles)
             end.record()
         end.synchronize()
-        self.cycles_per_second = cycles / (begin.elapsed_time(end) / 1e3)
+        return cycles / (begin.elapsed_time(end) / 1e3)
+
+    def _evict(self) -> None:
+        """Fill the L2 cache with clean lines."""
+        torch.amax(self.cache, dim=0, out=self.most)
 
     def _sample(self, call: Call, calls: int, hold: float) -> tuple[float, float, bool]:
         """(device seconds of a call, host seconds to queue all of them, whether the device waited for the last launch)."""
@@ -84,7 +105,7 @@ class EventClock:
         torch.cuda._sleep(int(hold * self.cycles_per_second))
         since = time.perf_counter()
         for begin, end in events:
-            self.cache.zero_()
+            self._evict()
             begin.record()
             call()
             end.record()
@@ -180,7 +201,7 @@ def peak_bytes(call: Call, device: str) -> int:
 @functools.cache
 def matmul_ceiling(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of one product of large square matrices of random numbers."""
-    n = 8192 if device == "cuda" else 1024
+    n = 8192 if device == "cuda" and not FAKE else 1024
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / take_turns({"": lambda: a @ b}, device, 15)[""].median
 
@@ -188,6 +209,6 @@ def matmul_ceiling(device: str, dtype: torch.dtype) -> float:
 @functools.cache
 def copy_ceiling(device: str) -> float:
     """Bytes per second of one large copy, those read and those written."""
-    a = torch.empty(2**30 if device == "cuda" else 2**27, dtype=torch.int8, device=device).random_()
+    a = torch.empty(2**30 if device == "cuda" and not FAKE else 2**27, dtype=torch.int8, device=device).random_()
     b = torch.empty_like(a)
     return 2 * a.numel() / take_turns({"": lambda: b.copy_(a)}, device, 15)[""].median

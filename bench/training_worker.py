@@ -1,8 +1,8 @@
 """Training steps of one implementation, in a process of its own, so that its memory and what it compiled are its own.
 
 Reads a JSON line {"name", "size", "precision", "device"}, answers {"loss"} of a fixed batch; then for each line with a number
-does so many steps and answers {"seconds", "peak_bytes"}, the seconds of one of them. Between its turns it gives the memory of
-a GPU back: the processes of seven implementations share it.
+does so many steps and answers {"seconds", "peak_bytes", "no_graph"}: the seconds of one of them, and why they were not the CUDA
+graph that was asked for. Between its turns it gives the memory of a GPU back: the processes of all implementations share it.
 """
 
 from __future__ import annotations
@@ -92,16 +92,24 @@ def batch(size: Size, device: str) -> tuple[Tensor, Tensor]:
     return block[:, :-1].contiguous(), block[:, 1:].contiguous()
 
 
-def build(name: str, size: Size, precision: str, device: str) -> Job:
-    """The implementation of that name, all with the same weights where the architecture is the same."""
-    v, t, layers, heads, width = (size[k] for k in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd"))
+def initial(size: Size) -> PlainGPT:
     torch.manual_seed(0)
-    start = PlainGPT(v, t, layers, heads, width)
-    for p in start.parameters():
+    model = PlainGPT(*(size[k] for k in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd")))
+    for p in model.parameters():
         if p.dim() > 1:
             nn.init.normal_(p, std=0.02)
+    return model
+
+
+def build(name: str, size: Size, precision: str, device: str) -> Job:
+    """The implementation of that name, all with the same weights where the architecture is the same."""
+    v, layers, heads, width = (size[k] for k in ("vocab_size", "n_layer", "n_head", "n_embd"))
+    start = initial(size)
     compiled = name.endswith(", compiled")
     name = name.removesuffix(", compiled")
+    if name.endswith(", vocabulary padded"):
+        name = name.removesuffix(", vocabulary padded")
+        start = initial({**size, "vocab_size": -(-v // 64) * 64})
     if name in ("ours", "ours, eager"):
         return Ours(size, precision, device, start, compiled, graph=name == "ours")
     model: Any = start
@@ -149,6 +157,12 @@ def copy_to_transformers(plain: nn.Module, model: nn.Module) -> None:
     model.load_state_dict(target)
 
 
+def no_graph(job: Job) -> str | None:
+    """Why the steps of ours, which were to run as one CUDA graph, do not."""
+    compute: Any = job.trainer.compute if isinstance(job, Ours) else None
+    return str(compute.failed) if getattr(compute, "failed", None) else None
+
+
 def main() -> None:
     work = json.loads(sys.stdin.readline())
     size, device, precision = work["size"], work["device"], work["precision"]
@@ -180,7 +194,7 @@ def main() -> None:
             torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         )
         free()
-        print(json.dumps({"seconds": seconds, "peak_bytes": peak}), flush=True)
+        print(json.dumps({"seconds": seconds, "peak_bytes": peak, "no_graph": no_graph(job)}), flush=True)
 
 
 if __name__ == "__main__":

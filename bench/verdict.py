@@ -44,7 +44,7 @@ from wikigpt.kernels import (
 
 from wikigpt import kernels
 
-from . import FAKE, machine, records
+from . import FAKE, records
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 Results = dict[str, Tensor]
@@ -530,7 +530,8 @@ def run(op: str, first: int, draw: Callable[[], Draw], journal: records.Journal 
         ok = not verdict.wrong
         right &= ok
         said = "ok" if ok else "FAIL: " + "; ".join(verdict.wrong)
-        print(f"| {op}: {case.text}: {verdict}{': ' if verdict.errors else ''}{said} ({seconds:.1f} s)", flush=True)
+        at = f"{op}, small" if args.sizes == "smoke" else op
+        print(f"| {at}: {case.text}: {verdict}{': ' if verdict.errors else ''}{said} ({seconds:.1f} s)", flush=True)
         if journal is not None:
             entry = {"group": op, "name": case.text, "ok": ok, "errors": verdict.errors, "seconds": round(seconds, 2)}
             journal.add(f"verdict/{op}", "row", **entry, **({} if ok else {"wrong": "; ".join(verdict.wrong)}))
@@ -561,7 +562,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for i, op in enumerate(args.ops):
         first = args.first if i == 0 else 0
         if journal is not None and first == 0:
-            journal.add(f"verdict/{op}", "begin", **machine.about(args.device, args.sizes))
+            journal.add(f"verdict/{op}", "begin", **records.about(args.device, args.sizes))
         right &= run(op, first, draw, journal, args)
     return 0 if right else 1
 
