@@ -225,4 +225,4 @@ if __name__ == "__main__":
         if not {"egg_info", "dist_info"} & set(sys.argv):  # pip calls for these first: once is enough
             say(f"the C++ extension is left out: {reason}")
         arguments = {}
-    setup(**arguments)
+    setup(license="MIT", **arguments)

@@ -4,6 +4,7 @@ Every build is one of a copy of the repository, without a network. Compilers are
 with and what becomes of it is what is tested here.
 """
 
+import ensurepip
 import importlib.util
 import os
 import shlex
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import textwrap
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -148,6 +150,40 @@ def test_sdist_to_wheel_to_import(tmp_path):
     doctor = run(python, "-m", "wikigpt", "doctor", cwd=tmp_path, COLUMNS="200")
     assert "for torch 2.11 and later" in doctor
     assert ("CUDA kernels of wikigpt._C: for 9.0, by nvcc" if with_cuda else "CUDA kernels of wikigpt._C: none, ") in doctor
+
+
+def old_setuptools(folder):
+    """The wheel of setuptools 65.5: Python 3.10 and 3.11 come with it, others ask the index."""
+    found = sorted((Path(ensurepip.__file__).parent / "_bundled").glob("setuptools-65.5.*.whl"))
+    if not found:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(folder), "setuptools==65.5.1"]
+        subprocess.run(command, capture_output=True, timeout=60)
+        found = sorted(folder.glob("setuptools-65.5.*.whl"))
+    if not found:
+        pytest.skip("setuptools 65.5 is not here, and there is no index")
+    return found[0]
+
+
+@pytest.mark.slow
+def test_setuptools_of_before_licence_expressions_builds_the_same_wheel(tmp_path):
+    """They want a table where newer ones want a string, and failed on it with a page of traceback."""
+    source, python = copy(tmp_path / "source"), environment(tmp_path / "venv")
+    pip(python, "install", old_setuptools(tmp_path), cwd=tmp_path)
+    settings = {"CXX": str(script(tmp_path / "c++", TOUCH)), "WIKIGPT_NO_CUDA": "1"}
+    build = "import setuptools, sys; print('by', setuptools.__version__); setuptools.build_meta.build_wheel(sys.argv[1])"
+    wheels = []
+    for name, interpreter in (("old", python), ("new", sys.executable)):
+        output = run(interpreter, "-I", "-c", f"import setuptools.build_meta; {build}", tmp_path / name, cwd=source, **settings)
+        assert ("by 65.5." in output) == (name == "old")
+        (file,) = (tmp_path / name).glob("*.whl")
+        with zipfile.ZipFile(file) as wheel:
+            (metadata,) = (path for path in wheel.namelist() if path.endswith("/METADATA"))
+            assert "License: MIT\n" in wheel.read(metadata).decode()
+            assert any(path.endswith("/LICENSE") for path in wheel.namelist())
+            wheels.append({path for path in wheel.namelist() if ".dist-info/" not in path})
+        shutil.rmtree(source / "build")
+    assert wheels[0] == wheels[1]
+    assert any(path.startswith("wikigpt/_C.") for path in wheels[0])
 
 
 @pytest.mark.slow
