@@ -64,7 +64,7 @@ class Worker:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "bench.host_worker"], cwd=machine.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True, bufsize=1, env=environment | {fake_gpu.ASKED: "90", "OMP_NUM_THREADS": "1"},
+            text=True, bufsize=1, env=environment | {fake_gpu.ASKED: "90,untouched", "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
 
     def measure(self, case: Case, rounds: int) -> dict[str, list[float]]:

@@ -41,7 +41,8 @@ import torch
 from torch.utils import _device
 
 ASKED = "WIKIGPT_FAKE_GPU"
-"""In the environment "90" installs the fake of this architecture, "90,none" one that compiles nothing."""
+"""In the environment "90" installs the fake of this architecture. After commas: "none" compiles nothing, "untouched" leaves
+memory as it comes, so that tensors may be larger than the machine."""
 
 _torch: Any = torch  # what is patched is not what its types say
 
@@ -839,10 +840,10 @@ def install(arch: int = 90, compiles: str = "real", strict: bool = False) -> Rec
     return recorder
 
 
-def process(asked: str) -> ProcessPoolExecutor:
-    """A process in which `asked` ("90") is installed as soon as it imports `bench`, for one that interprets or has no fake."""
+def process(arch: int) -> ProcessPoolExecutor:
+    """A process with a fake of this architecture, memory untouched, from when it imports `bench`: for one that has none."""
     kept = {name: os.environ.pop(name, None) for name in (ASKED, "TRITON_INTERPRET", "OMP_NUM_THREADS")}
-    os.environ |= {ASKED: asked, "OMP_NUM_THREADS": "1"}
+    os.environ |= {ASKED: f"{arch},untouched", "OMP_NUM_THREADS": "1"}
     try:
         pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         pool.submit(int).result()  # it starts with the first task
@@ -859,12 +860,16 @@ def install_if_asked() -> Recorder | None:
     asked = os.environ.get(ASKED)
     if not asked:
         return None
-    arch, _, compiles = asked.partition(",")
-    recorder = install(int(arch), compiles or "real")
-    _fill_with_zeros()
+    arch, *options = asked.split(",")
+    if not arch.isdecimal() or not {"none", "untouched"}.issuperset(options):
+        raise ValueError(f"{ASKED}: got {asked!r}, allowed are an architecture and, after commas, none and untouched")
+    recorder = install(int(arch), "none" if "none" in options else "real")
+    if "untouched" not in options:
+        _fill_with_zeros()
     return recorder
 
 
+@functools.cache  # once
 def _fill_with_zeros() -> None:
     """What kernels would write is zero from the start: what is made of it is finite, and the same in every run."""
 

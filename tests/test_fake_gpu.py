@@ -23,7 +23,7 @@ Process = Callable[..., Any]
 @pytest.fixture(scope="module")
 def there() -> Iterator[Process]:
     """Runs a function of fake_gpu_cases in a process with a fake H100."""
-    with fake_gpu.process("90") as pool:
+    with fake_gpu.process(90) as pool:
         yield lambda function, *arguments: pool.submit(function, *arguments).result()
 
 
@@ -174,6 +174,23 @@ def test_what_it_cannot_be_is_refused(arguments):
         eval(f"fake_gpu.install({arguments})")
 
 
+def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs `code` with nothing but this of what concerns Triton and the fake."""
+    left = {name: value for name, value in os.environ.items() if name not in (fake_gpu.ASKED, "TRITON_INTERPRET")}
+    everything = {**left, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=everything, capture_output=True, text=True)
+
+
+def test_what_kernels_would_write_is_zero_unless_memory_is_to_be_left_as_it_comes():
+    code = "import bench, torch; x = torch.ones(2**20); del x; print(torch.empty(2**20, device='cuda').sum().item())"
+    assert in_a_process(code, **{fake_gpu.ASKED: "90"}).stdout.strip() == "0.0"
+    assert in_a_process(code, **{fake_gpu.ASKED: "90,untouched"}).stdout.strip() != ""
+
+
+def test_what_cannot_be_asked_for_is_refused():
+    assert "allowed are an architecture" in in_a_process("import bench", **{fake_gpu.ASKED: "90,real"}).stderr
+
+
 @pytest.mark.parametrize(
     ("before", "message"),
     [("import wikigpt.kernels", "before the fake GPU"), ("import triton", "TRITON_INTERPRET was set")],
@@ -181,7 +198,4 @@ def test_what_it_cannot_be_is_refused(arguments):
 )
 def test_it_is_refused_where_it_is_too_late(before, message):
     code = f"{before}; from bench import fake_gpu; fake_gpu.install(90)"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop(fake_gpu.ASKED, None)
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert message in done.stderr
+    assert message in in_a_process(code, TRITON_INTERPRET="1").stderr

@@ -32,7 +32,7 @@ def process() -> Iterator[Callable[[int], Process]]:
 
     def of(arch: int) -> Process:
         if arch not in pools:
-            pools[arch] = fake_gpu.process(str(arch))
+            pools[arch] = fake_gpu.process(arch)
         return lambda function, *arguments: pools[arch].submit(function, *arguments).result()
 
     yield of
