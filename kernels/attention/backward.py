@@ -30,7 +30,18 @@ from .forward import (
     strides4,
 )
 from .reference import Inputs
-from .tile import CHANGING, kept_by_dropout, load_tile, modified_scores, nth_masked, seen, sequence, tile_range, work_item
+from .tile import (
+    CHANGING,
+    kept_by_dropout,
+    load_tile,
+    modified_scores,
+    nth_masked,
+    seen,
+    sequence,
+    sixteens,
+    tile_range,
+    work_item,
+)
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -116,7 +127,10 @@ def _dq(
     TMA: tl.constexpr,
     FAR: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
+    if ALIGNED:
+        n_k = sixteens(n_k)
     program = tl.program_id(0)
     for work in range(program, n_work if PERSISTENT else program + 1, tl.num_programs(0) if PERSISTENT else 1):
         tile, b, h = work_item(work, n_tiles, heads, group, section, n_heads, RIGHT)
@@ -188,7 +202,9 @@ def _dq(
                         k = load_tile(k_base, j0, stride_kt, sk, D, BLOCK_N, BLOCK_D, MASKED == 1, True, FAR)
                         v = load_tile(v_base, j0, stride_vt, sk, DV, BLOCK_N, BLOCK_DV, MASKED == 1, True, FAR)
                     qk = tl.dot(q, k, input_precision=PRECISION)
-                    inside = rows & (j < sk)[None, :]
+                    inside = (j < sk)[None, :]
+                    if Bias is not None or Mask is not None:  # rows beyond the last are not stored, but must not be read
+                        inside = inside & rows
                     qk, derivative = modified_scores(
                         qk, i[:, None], j[None, :], inside, diagonal, scale, softcap, slope, bias, stride_bias_s,
                         stride_bias_t, SOFTCAP,
@@ -292,8 +308,11 @@ def _dkdv(
     TMA: tl.constexpr,
     FAR: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Tiles are transposed here: rows are keys, columns queries."""
+    if ALIGNED:
+        n_k = sixteens(n_k)
     groups = heads // group
     program = tl.program_id(0)
     for work in range(program, n_work if PERSISTENT else program + 1, tl.num_programs(0) if PERSISTENT else 1):
@@ -369,7 +388,9 @@ def _dkdv(
                             delta = tl.load(Delta + row_base + i)
                         lse = tl.where(lse == float("-inf"), 0.0, lse) * 1.4426950408889634
                         qk = tl.dot(k, q, input_precision=PRECISION)
-                        inside = (i < sq)[None, :] & (j < sk)[:, None]
+                        inside = (i < sq)[None, :]
+                        if Bias is not None or Mask is not None:  # as in dq
+                            inside = inside & (j < sk)[:, None]
                         qk, derivative = modified_scores(
                             qk, i[None, :], j[:, None], inside, diagonal, scale, softcap, slope, bias, stride_bias_s,
                             stride_bias_t, SOFTCAP,
@@ -394,9 +415,10 @@ def _dkdv(
             rows = (j < sk_all)[:, None]
             dk_ptrs = DK + b64 * stride_dkb + g64 * stride_dkh + token[:, None] * stride_dkt + d[None, :]
             dv_ptrs = DV_ + b64 * stride_dvb + g64 * stride_dvh + token[:, None] * stride_dvt + dv[None, :]
-            # Keys beyond seqused_k are in no score: their rows of garbage must not be stored.
-            dk = tl.where((j < sk)[:, None], dk * scale, 0.0)
-            dvalue = tl.where((j < sk)[:, None], dvalue, 0.0)
+            dk *= scale
+            if UsedK is not None:  # keys that are not in use are in no score: their rows of garbage must not be stored
+                dk = tl.where((j < sk)[:, None], dk, 0.0)
+                dvalue = tl.where((j < sk)[:, None], dvalue, 0.0)
             tl.store(dk_ptrs, dk.to(DK.dtype.element_ty), mask=rows & (d < D)[None, :])
             tl.store(dv_ptrs, dvalue.to(DV_.dtype.element_ty), mask=rows & (dv < DV)[None, :])
 
@@ -471,8 +493,11 @@ def _dbias(
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """One program per tile of the bias: it sums ds over the dimensions (ONE_*) in which the bias has size 1."""
+    if ALIGNED:
+        n_k = sixteens(n_k)
     t_tiles = 1 if ONE_T else n_k_tiles
     s_tiles = 1 if ONE_S else n_q_tiles
     of_t = tl.program_id(0) % t_tiles

@@ -53,7 +53,7 @@ _TABLE: dict[int, dict[int, Rows]] = {
     },
     90: {  # block_m of the forward pass and of dQ, block_n of dK and dV are a warpgroup's 64 rows or a multiple, for wgmma
         64: Rows(Row(128, 128, 8, 3), Row(128, 64, 8, 3), Row(32, 128, 8, 3)),
-        128: Rows(Row(128, 64, 8, 3), Row(128, 64, 8, 2), Row(32, 128, 8, 3)),
+        128: Rows(Row(128, 64, 8, 3), Row(128, 64, 8, 2), Row(32, 128, 8, 2)),
         256: Rows(Row(128, 32, 8, 3), Row(128, 32, 8, 2), Row(16, 64, 8, 3)),
     },
     100: {  # the same for tcgen05. One stage keeps the sums of dK and dV in tensor memory; more move them to registers and back

@@ -27,6 +27,7 @@ from .tile import (
     nth_masked,
     seen,
     sequence,
+    sixteens,
     tile_range,
     work_item,
 )
@@ -109,7 +110,10 @@ def _forward(
     TMA: tl.constexpr,
     FAR: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
+    if ALIGNED:
+        n_k = sixteens(n_k)
     # PERSISTENT: each program takes every num_programs-th unit of work, otherwise one.
     program = tl.program_id(0)
     for work in range(program, n_work if PERSISTENT else program + 1, tl.num_programs(0) if PERSISTENT else 1):
@@ -168,7 +172,9 @@ def _forward(
                     else:
                         k = load_tile(k_base, j0, stride_kt, sk, D, BLOCK_N, BLOCK_D, MASKED == 1, True, FAR)
                     qk = tl.dot(q, k, input_precision=PRECISION)
-                    inside = (i < sq)[:, None] & (j < sk)[None, :]
+                    inside = (j < sk)[None, :]
+                    if Bias is not None or Mask is not None:  # rows beyond the last are not stored, but must not be read
+                        inside = inside & (i < sq)[:, None]
                     qk, _ = modified_scores(
                         qk,
                         i[:, None],
@@ -281,12 +287,13 @@ def numbers(x: Inputs) -> tuple[float, ...]:
 
 
 def constants(x: Inputs) -> dict[str, object]:
-    """What is compiled in for a problem, besides the blocks."""
+    """What is compiled in for a problem, besides the blocks. ALIGNED: the rows of a bias or mask are read in vectors."""
     d, dv = x.q.shape[-1], x.v.shape[-1]
+    aligned = (x.bias is not None or x.mask is not None) and x.lengths[1] % 16 == 0
     return {
         "D": d, "DV": dv, "BLOCK_D": config.padded(d), "BLOCK_DV": config.padded(dv), "LEFT": x.window_left >= 0,
         "RIGHT": x.window_right >= 0, "TOP_LEFT": x.top_left, "SOFTCAP": x.softcap > 0, "DROPOUT": x.dropout_p > 0,
-        "PRECISION": config.precision(x.q.dtype),
+        "PRECISION": config.precision(x.q.dtype), "ALIGNED": aligned,
     }  # fmt: skip
 
 
@@ -308,8 +315,8 @@ def block_lists(
     count = torch.empty(batch * heads * n_rows, 2, dtype=torch.int32, device=mask.device)
     block_list[grid_x(batch * heads * n_rows)](
         mask, x.seqused_k, index, count, stride_b, stride_h, stride_r, stride_c, heads, s, t, n_rows, max(n_columns, 1), left,
-        right, USED_ROWS=transposed, TOP_LEFT=x.top_left, LEFT=left >= 0, RIGHT=right >= 0, ROWS=rows, COLUMNS=columns,
-        num_warps=4,
+        right, ALIGNED=x.lengths[1] % 16 == 0, USED_ROWS=transposed, TOP_LEFT=x.top_left, LEFT=left >= 0, RIGHT=right >= 0,
+        ROWS=rows, COLUMNS=columns, num_warps=4,
     )  # fmt: skip
     return index, count, heads * n_rows if batch > 1 else 0, n_rows if heads > 1 else 0, max(n_columns, 1)
 

@@ -18,6 +18,12 @@ CHANGING = (
 
 
 @triton.jit
+def sixteens(n):
+    """A multiple of 16 that the compiler knows to be one: what is masked by it may be read in vectors."""
+    return n // 16 * 16
+
+
+@triton.jit
 def tile_range(r0, r1, n, diagonal, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK: tl.constexpr):
     """The column tiles that rows r0..r1 see, of n columns: (first, last, full_first, full_last).
 
@@ -176,6 +182,7 @@ def block_list(
     n_column_tiles,
     left,
     right,
+    ALIGNED: tl.constexpr,
     USED_ROWS: tl.constexpr,
     TOP_LEFT: tl.constexpr,
     LEFT: tl.constexpr,
@@ -192,6 +199,11 @@ def block_list(
     tile, bh = tl.program_id(0) % n_row_tiles, tl.program_id(0) // n_row_tiles
     b, h = bh // heads, bh % heads
     rows_here, columns_here = n_rows, n_columns
+    if ALIGNED:
+        if USED_ROWS:
+            rows_here = sixteens(n_rows)
+        else:
+            columns_here = sixteens(n_columns)
     if Used is not None:
         if USED_ROWS:
             rows_here = tl.load(Used + b)
