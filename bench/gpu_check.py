@@ -291,6 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="PART", help="file or file/key, as the names of the parts are printed")
     parser.add_argument("--again", action="store_true", help="also what has passed before")
     parser.add_argument("--workers", type=int, default=12, help="processes of the GPU tests")
+    parser.add_argument("--kept", type=Path, default=KEPT, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
 
     import torch
@@ -306,13 +307,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    os.environ["WIKIGPT_COMMIT"] = commit  # of all parts, also if somebody commits while they run
     point_to_data()
     if args.device == "cpu" or FAKE:
         os.environ["OMP_NUM_THREADS"] = "1"  # problems so small gain nothing from a second thread
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "3")  # a process; several compile at a time
     name = machine.folder(args.device)
     out = (args.out or machine.RESULTS / name).resolve()
-    journal, log = open_journal(out, KEPT / name), Log(out / LOG)
+    journal, log = open_journal(out, args.kept / name), Log(out / LOG)
     stages = plan(args, journal)
     if args.only:
         names = [part.name for stage in stages for part in stage]

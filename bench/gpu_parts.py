@@ -111,6 +111,9 @@ def wikitext(args: Arguments, name: str) -> dict[str, Any]:
     captured = getattr(trainer.compute, "graph", None) is not None
     valid, test = result.valid.per_token, result.test.per_token
     fell_back = f"; FAIL: no CUDA graph: {no_graph}" if no_graph else ""
+    if FAKE:
+        say(f"WikiText-2, {name}: ran{fell_back}")
+        return {"passed": not no_graph}
     say(
         f"WikiText-2, {name}: {result.tokens_per_second:,.0f} tokens/s, validation perplexity {valid:.1f}, test {test:.1f} "
         f"after {seconds:.0f} s and {result.steps} steps{fell_back}"

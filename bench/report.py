@@ -33,10 +33,11 @@ Made by `python -m bench.report` from [bench/results](../bench/results); what ha
 
 `pytest bench/` compares every op with its peers in the same run: PyTorch's own operators, `torch.compile` of the reference and,
 where installed (`pip install ".[bench]"`), flash-attn, Liger, quack and cut-cross-entropy. Each result is compared with float64
-before it is timed; a wrong one is an error. On a GPU time is that of the device, by CUDA events around calls whose launches are
-queued beforehand, each with an L2 cache that was overwritten; whole steps of a model are timed as a caller waits for them.
-Implementations take turns, a sample each, and medians are shown. The fraction of the ceiling is that of one large product of
-matrices, or of one large copy, measured in the same run. "time / ours" above 1 means that ours is faster.
+before it is timed; a wrong one is timed too, is an error, and says that it is wrong. On a GPU time is that of the device, by
+CUDA events around calls whose launches are queued beforehand, each with an L2 cache full of clean lines of other data; whole
+steps of a model are timed as a caller waits for them. Implementations take turns, a sample each, and medians are shown. The
+fraction of the ceiling is that of one large product of matrices, or of one large copy, measured in the same run.
+"time / ours" above 1 means that ours is faster.
 
 ## How to rerun
 
@@ -45,14 +46,12 @@ make bench ARGS="--sizes default"          # smoke: a minute; default; full
 pytest bench/bench_norm.py --benchmark-json=bench/results/<machine>/norm.json
 pytest bench/bench_norm.py --benchmark-save=before    # and later --benchmark-compare, --benchmark-histogram=FILE
 make gpu-check                             # all that needs a GPU, in nine minutes -> bench/results/<machine>/
-make gpu-check                             # again: goes on with what is left; --only ops/norm, --again: that once more
+make gpu-check                             # again: goes on with what is left; ARGS="--only ops/norm --again": that once more
 python -m bench.report                     # this page
 ```
 
-`make gpu-check` runs each part in a process of its own with a time limit: environment, build of csrc/, GPU tests file by file,
-compute-sanitizer, the benchmark of each op, training, generation, a profile of the training step, and WikiText-2 for 60 seconds
-with each of three implementations. `--device cpu --sizes smoke` proves it on any machine. A file of results is an object of
-parts, each with its date, commit and machine; `WIKIGPT_COMMIT` names the commit of a copy without its history.
+`make gpu-check` asks first whether every op is right, then how fast it is, then trains, then runs the GPU tests; minute by
+minute in [gpu-check.md](gpu-check.md). A file of results is a journal: a line for each finished row, test and part.
 """
 
 
@@ -170,15 +169,16 @@ def _logits(rows: Rows) -> str:
     return f", {max(parts):.1%} of the logits at most" if parts else ""
 
 
-def _tokens(model: str, peer: str) -> Callable[[Machine], str]:
+def _tokens(model: str, *peers: str) -> Callable[[Machine], str]:
     def figure(machine: Machine) -> str:
-        """The fastest of our ways to train against a peer."""
+        """The fastest of our ways to train against the fastest of these peers."""
         rates: dict[str, float] = {}
         for row in machine.rows:
             if row["op"].startswith("training step") and row["shape"].startswith(model):
                 rates[row["name"]] = row["tokens_per_second"]
         mine = [rate for name, rate in rates.items() if name.startswith("ours")]
-        return f"{max(mine) / rates[peer]:.2f}x" if mine and peer in rates else NOT_MEASURED
+        theirs = [rates[peer] for peer in peers if peer in rates]
+        return f"{max(mine) / max(theirs):.2f}x" if mine and theirs else NOT_MEASURED
 
     return figure
 
@@ -225,11 +225,11 @@ GOALS: list[tuple[str, str, str, Callable[[Machine], str]]] = [
      _of(_starts("AdamW"), lambda rows: mean_and_worst(ratios(rows)))),
     ("sampling with top_p", "a sort, softmax and multinomial", "5.0x",
      _of(_starts("sample, top_p"), lambda rows: mean_and_worst(ratios(rows, ("torch, sort + multinomial",))))),
-    ("training, 6 layers x 512", "plain PyTorch: SDPA, torch.compile, fused AdamW", "2.0x",
-     _tokens("6 layers x 512", "plain PyTorch, compiled")),
+    ("training, 6 layers x 512", "plain PyTorch: SDPA, torch.compile, fused AdamW, vocabulary padded or not", "2.0x",
+     _tokens("6 layers x 512", "plain PyTorch, compiled", "plain PyTorch, vocabulary padded, compiled")),
     ("training, 6 layers x 512", "the source document's model code", "5.0x", _tokens("6 layers x 512", "seed document")),
     ("training, GPT-2 small, S 1024, bf16", "bf16 peak in the data sheet (MFU)", "55%", _mfu),
-    ("WikiText-2 for 60 seconds", "validation perplexity", "the lowest", _perplexity),
+    ("WikiText-2 for the same time", "validation perplexity", "the lowest", _perplexity),
 ]  # fmt: skip
 
 
@@ -332,12 +332,29 @@ def profiled(part: dict[str, Any]) -> str:
 
 def tested(parts: dict[str, dict[str, Any]]) -> str:
     """What the tests on this machine said."""
-    body = [
-        [name, "passed" if part.get("passed") else f"FAILED ({part.get('error', part.get('exit_code'))})",
-         f"{part.get('seconds', 0):.0f}", (part.get("tail") or [""])[-1].strip("= ")]
-        for name, part in parts.items() if not name.startswith("compile-")
-    ]  # fmt: skip
-    return table(("tests", "", "seconds", "last line"), body, 2) if body else NOT_MEASURED
+    body = []
+    for name, part in parts.items():
+        outcomes = [entry["outcome"] for entry in part.get("tests", {}).values()]
+        counts = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in dict.fromkeys(outcomes))
+        state = "passed" if part.get("passed") else f"FAILED ({part.get('error') or 'it did not end'})"
+        body.append([name, state, f"{part.get('seconds', 0):.0f}", counts or (part.get("tail") or [""])[-1].strip("= ")])
+    return table(("tests", "", "seconds", "outcomes"), body, 2) if body else NOT_MEASURED
+
+
+def judged(parts: dict[str, dict[str, Any]]) -> str:
+    """Is every op right here: cases, the largest error in parts of plain PyTorch's, what is wrong."""
+    body, wrong = [], []
+    for op, part in parts.items():
+        rows = part.get("rows", [])
+        errors = [pair for row in rows for pair in row["errors"].values()]
+        worst = max((mine / plain for mine, plain, _ in errors if plain), default=None)
+        right = sum(row["ok"] for row in rows)
+        body.append([op, f"{right} of {len(rows)}", "" if worst is None else f"{worst:.2f}x"])
+        wrong += [f"- **wrong**: {op}: {row['name']}: {row['wrong']}" for row in rows if not row["ok"]]
+    if not body:
+        return NOT_MEASURED
+    head = ("op", "cases right", "largest error / plain PyTorch's, both against float64")
+    return "\n".join([table(head, body), *([""] if wrong else []), *wrong])
 
 
 def section(machine: Machine, out: Path) -> list[str]:
@@ -357,6 +374,7 @@ def section(machine: Machine, out: Path) -> list[str]:
     runs, extra = machine.of("wikitext"), machine.of("training")
     lines += ["### WikiText-2 runs", wikitext(runs)]
     if machine.gpu:
+        lines += ["### Is every op right", judged(machine.of("verdict"))]
         lines += ["### Profile of a training step", profiled(extra.get("profile", {}))]
         lines += ["### Tests on this GPU", tested(machine.of("tests"))]
     for op in dict.fromkeys(row["op"] for row in rows):
@@ -372,7 +390,10 @@ def section(machine: Machine, out: Path) -> list[str]:
                 missing.setdefault(reason, []).extend(f"{test}: {', '.join(names)}" for test, names in tests.items())
         if late := part.content.get("left_out_for_time"):
             missing.setdefault("left out when time was over", []).append(f"{part.name}: {len(late)} rows")
-        if "error" in part.content:
+        for row in part.rows:
+            if row.get("wrong") and "median" in row:
+                missing.setdefault("WRONG", []).append(f"{row['group']}, {row['name']}: {row['wrong']}")
+        if part.content.get("error"):
             missing.setdefault("failed", []).append(f"{part.file}/{part.name}: {part.content['error']}")
     for reason, what in missing.items():
         lines.append(f"{reason}: {'; '.join(what)}.")

@@ -1,8 +1,11 @@
-"""The script behind `make gpu-check`, with parts that are a line of Python each."""
+"""The script behind `make gpu-check`, with parts that are a line of Python each, and once whole on a fake GPU."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -10,120 +13,345 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu_check, machine, records
-from bench.gpu_check import Folder, Part, in_order, run, run_all, shorten, summarize
+from bench import gpu_check, gpu_parts, machine, records
+from bench.gpu_check import JOURNAL, Log, Part, left_to_do, open_journal, run, run_all
+from bench.gpu_parts import summarize
 
 
-def part(name: str, code: str = "", limit: float = 30.0, beside: str | None = None) -> Part:
-    """Runs Python code; what it writes to result.json in its folder is what it found."""
-
-    def command(folder: Path) -> list[str]:
-        return [sys.executable, "-c", f"result = {str(folder / 'result.json')!r}\n{code}"]
-
-    def read(folder: Path, code: int) -> dict:
-        path = folder / "result.json"
-        return json.loads(path.read_text()) if path.exists() else {}
-
-    return Part(name, limit, command, read, beside)
+def part(name: str, code: str = "", limit: float = 30.0) -> Part:
+    """Runs Python code."""
+    return Part(name, limit, [sys.executable, "-c", code])
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Folder:
-    return Folder(tmp_path / "out")
+def journal(tmp_path: Path) -> records.Journal:
+    return open_journal(tmp_path / "out", tmp_path / "kept")
 
 
-def test_what_parts_find_is_entered_under_their_names(folder):
-    write = "open(result, 'w').write('{\"speed\": %d}')"
-    assert run(part("a/one", write % 1), 30, folder, "c0")
-    assert run(part("a/two", write % 2), 30, folder, "c0")
-    assert run(part("b/one", "print('hello')"), 30, folder, "c0")
-    content = json.loads((folder.path / "a.json").read_text())
-    assert [content[key]["speed"] for key in ("one", "two")] == [1, 2]
-    assert content["one"]["passed"]
-    assert content["one"]["commit"] == "c0"
-    assert folder.read("b")["one"]["tail"] == ["hello"]
-    assert "== b/one" in (folder.path / "gpu-check.log").read_text()
+@pytest.fixture
+def log(tmp_path: Path) -> Log:
+    return Log(tmp_path / "log")
 
 
-def test_a_crash_hides_no_other_part(folder, capsys):
-    crash = part("tests/crash", "import os, signal; print('before'); os.kill(os.getpid(), signal.SIGSEGV)", beside="x")
-    failed, left = run_all([crash, part("tests/fine", beside="x")], folder, "c0", 1, 2)
+def known(journal: records.Journal) -> dict[str, dict]:
+    return records.fold(journal.lines())
+
+
+# --- the journal --------------------------------------------------------------------------------------------------------
+
+
+def test_a_journal_keeps_the_last_line_of_each_row_and_forgets_another_commit():
+    journal = [
+        {"part": "ops/a", "kind": "begin", "commit": "c0", "sizes": "check"},
+        {"part": "ops/a", "kind": "row", "group": "g", "name": "ours", "median": 9.0},
+        {"part": "ops/a", "kind": "end", "passed": True},
+        {"part": "ops/a", "kind": "begin", "commit": "c1", "sizes": "check"},
+        {"part": "ops/a", "kind": "row", "group": "g", "name": "ours", "median": 2.0},
+        {"part": "ops/a", "kind": "row", "group": "g", "name": "torch", "median": 3.0},
+        {"part": "ops/a", "kind": "row", "group": "g", "name": "ours", "median": 1.0},
+    ]
+    found = records.fold(journal)["ops/a"]
+    assert {(row["name"], row["median"]) for row in found["rows"]} == {("ours", 1.0), ("torch", 3.0)}
+    assert found["commit"] == "c1"
+    assert "passed" not in found, "it has not ended at this commit"
+
+
+def test_a_part_that_begins_again_at_the_same_commit_keeps_its_rows():
+    begin = {"part": "ops/a", "kind": "begin", "commit": "c0", "sizes": "check"}
+    row = {"part": "ops/a", "kind": "row", "group": "g", "name": "ours", "median": 1.0}
+    assert records.fold([begin, row, begin])["ops/a"]["rows"] == [{"group": "g", "name": "ours", "median": 1.0}]
+
+
+def test_a_line_that_was_cut_off_hides_no_other(tmp_path):
+    path = tmp_path / JOURNAL
+    records.Journal(path).add("ops/a", "row", group="g", name="ours", median=1.0)
+    with path.open("a") as file:
+        file.write('{"part": "ops/a", "kind": "row", "gro')
+    assert len(records.read_lines(path)) == 1
+
+
+def test_the_journal_is_restored_from_either_of_its_places(tmp_path):
+    """Between two calls on one machine the folder of results may be emptied, or the tree laid anew."""
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    open_journal(out, kept).add("ops/a", "row", group="g", name="ours")
+    for lost in (out, kept):
+        (lost / JOURNAL).unlink()
+        assert open_journal(out, kept).lines() == [{"part": "ops/a", "kind": "row", "group": "g", "name": "ours"}]
+        assert (lost / JOURNAL).exists()
+
+
+def test_processes_that_write_at_the_same_time_mix_no_lines(tmp_path):
+    code = (
+        "from pathlib import Path; from bench.records import Journal; import sys\n"
+        "for i in range(200): Journal(Path(sys.argv[1])).add('p', 'row', group=sys.argv[2], name=i, text='x' * 3000)"
+    )
+    path = tmp_path / JOURNAL
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(path), str(i)], cwd=machine.ROOT) for i in range(2)]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert len(records.read_lines(path)) == 400
+
+
+# --- parts --------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_part_says_is_shown_and_all_that_it_prints_is_logged(journal, log, tmp_path, capsys):
+    assert run(part("a/one", "print('| 3 ms'); print('detail')"), 30, journal, log, "c0")
+    shown, logged = capsys.readouterr().out, (tmp_path / "log").read_text()
+    assert "3 ms" in shown
+    assert "detail" not in shown
+    assert "a/one detail" in logged
+    assert known(journal)["a/one"]["passed"]
+
+
+def test_a_crash_hides_no_other_part(journal, log, capsys):
+    crash = part("tests/crash", "import os, signal; print('before', flush=True); os.kill(os.getpid(), signal.SIGSEGV)")
+    failed, left = run_all([[crash, part("tests/fine")], [part("tests/later")]], journal, log, "c0", 1)
     assert (failed, left) == (["tests/crash"], [])
-    assert folder.read("tests")["crash"]["exit_code"] == -11
-    assert folder.read("tests")["fine"]["passed"]
+    found = known(journal)
+    assert found["tests/crash"]["exit_code"] == -signal.SIGSEGV
+    assert found["tests/crash"]["tail"] == ["before"]
+    assert found["tests/fine"]["passed"]
+    assert found["tests/later"]["passed"]
     assert "tests/crash: FAILED" in capsys.readouterr().out
 
 
-def test_a_part_that_leaves_no_result_has_failed(folder):
-    strict = Part("a/one", 30, part("a/one").command, lambda folder, code: json.loads((folder / "nothing").read_text()))
-    assert not run(strict, 30, folder, "c0")
-    assert "no result" in folder.read("a")["one"]["error"]
-
-
-def test_the_time_limit_ends_a_part_and_all_that_it_started(folder, tmp_path):
+def test_the_time_limit_ends_a_part_and_all_that_it_started(journal, log, tmp_path):
     mark = tmp_path / "grandchild"
     child = f"import time; time.sleep(3); open({str(mark)!r}, 'w')"
     start = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}])"
-    code = f"{start}; print('on', flush=True); time.sleep(60)"
     begin = time.monotonic()
-    assert not run(part("a/slow", code), 2, folder, "c0")
+    assert not run(part("a/slow", f"{start}; print('on', flush=True); time.sleep(60)"), 2, journal, log, "c0")
     assert time.monotonic() - begin < 20
-    found = folder.read("a")["slow"]
+    found = known(journal)["a/slow"]
     assert found["error"] == "stopped after 2 s"
     assert found["tail"] == ["on"]
+    assert not found["complete"]
     time.sleep(max(0.0, begin + 5 - time.monotonic()))
     assert not mark.exists()
 
 
-def test_no_part_begins_when_the_minutes_are_over(folder):
-    failed, left = run_all([part("a/one"), part("a/two", limit=600)], folder, "c0", 0.5, 1)
+def test_no_part_begins_when_the_minutes_are_over(journal, log):
+    failed, left = run_all([[part("a/one")], [part("a/two", limit=600)]], journal, log, "c0", 0.5)
     assert (failed, left) == ([], ["a/two"])
-    assert folder.read("a").keys() == {"one"}
+    assert known(journal).keys() == {"a/one"}
 
 
-def test_a_second_call_does_what_is_new_then_what_failed(folder):
-    every = [part("a/failed", "raise SystemExit(3)"), part("a/passed"), part("a/new"), part("a/old")]
-    for p in every[:2]:
-        run(p, 30, folder, "c1")
-    run(every[3], 30, folder, "c0")
-    known = {p.name: folder.record(p) for p in every}
-    assert [p.name for p in in_order(every, known, "c1", False)] == ["a/new", "a/old", "a/failed"]
-    assert [p.name for p in in_order(every, known, "c1", True)] == [p.name for p in every]
+def test_a_second_call_does_what_has_not_ended_then_what_failed_and_always_builds(journal, log):
+    stages = [
+        [part("environment/build")],
+        [part("a/failed", "raise SystemExit(1)"), part("a/passed")],
+        [part("a/late", "import time; time.sleep(30)", limit=1)],
+        [part("a/old")],
+        [part("a/new")],
+    ]
+    run_all(stages[:3], journal, log, "c1", 1)
+    run_all(stages[3:4], journal, log, "c0", 1)
+    names = [[p.name for p in stage] for stage in left_to_do(stages, known(journal), "c1", again=False)]
+    assert names == [["environment/build"], ["a/late"], ["a/old"], ["a/new"], ["a/failed"]]
+    assert left_to_do(stages, known(journal), "c1", again=True) == stages
 
 
-def test_the_folder_keeps_its_limits(folder, monkeypatch):
-    monkeypatch.setattr(gpu_check, "FILE_BYTES", 4000)
-    monkeypatch.setattr(gpu_check, "LOG_OF_A_PART", 1000)
-    for i in range(5):
-        run(part(f"a/p{i}", "print('x' * 100_000)"), 30, folder, "c0")
-    assert (folder.path / "gpu-check.log").stat().st_size < 4000
-    assert folder.excess() == []
-    (folder.path / "large.json").write_text("0" * 5000)
-    for i in range(8):
-        (folder.path / f"{i}.json").write_text("{}")
-    assert folder.excess() == ["11 files, 8 may be", "large.json has 5,000 bytes"]
-    assert shorten("a" * 50 + "b" * 50, 10).startswith("aaaaa\n")
-    assert shorten("a" * 50 + "b" * 50, 10).endswith("\nbbbbb")
+def test_the_parts_of_a_killed_script_end_with_it(tmp_path):
+    """Else they would hold the GPU while the next call measures."""
+    mark = tmp_path / "mark"
+    code = f"import time; time.sleep(3); open({str(mark)!r}, 'w')"
+    script = (
+        "from pathlib import Path; import sys\nfrom bench import gpu_check as g\n"
+        f"print('begin', flush=True); p = Path({str(tmp_path)!r})\n"
+        f"part = g.Part('a/slow', 60, [sys.executable, '-c', {code!r}])\n"
+        "g.run(part, 60, g.open_journal(p / 'o', p / 'k'), g.Log(p / 'l'), 'c')"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=machine.ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begin\n"
+    time.sleep(1)
+    process.kill()
+    process.wait()
+    time.sleep(4)
+    assert not mark.exists()
 
 
-def test_what_a_gpu_gets_fits_its_files_and_covers_every_test_and_benchmark(monkeypatch):
+# --- the plan -----------------------------------------------------------------------------------------------------------
+
+
+def stages_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[Part]]:
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: sys.executable)
-    names = [p.name for p in gpu_check.parts(Namespace(device="cuda", sizes="default"))]
+    args = Namespace(device="cuda", sizes="check", again=False, workers=12)
+    return gpu_check.plan(args, records.Journal(tmp_path / JOURNAL))
+
+
+def test_the_plan_asks_first_what_is_right_then_what_is_fast_and_covers_every_benchmark(tmp_path, monkeypatch):
+    stages = stages_for_a_gpu(tmp_path, monkeypatch)
+    names = [part.name for stage in stages for part in stage]
     assert len(set(names)) == len(names)
-    assert len({name.partition("/")[0] for name in names}) + 1 <= gpu_check.FILES  # and the log
-    assert {"tests/test_gpu", "tests/memcheck", "ops/attention", "training/training", "wikitext/ours"} <= set(names)
+    in_order = [
+        "environment/facts", "verdict/attention", "ops/attention", "ops/norm", "ops/others", "training/training",
+        "training/profile", "wikitext/ours", "wikitext/sdpa-compile", "tests/gpu", "tests/big", "sanitizer/memcheck",
+    ]  # fmt: skip
+    places = [names.index(name) for name in in_order]
+    assert places == sorted(places)
+    commands = " ".join(word for stage in stages for part in stage for word in part.command)
     for path in (machine.ROOT / "bench").glob("bench_*.py"):
-        assert {f"ops/{path.stem[6:]}", f"training/{path.stem[6:]}"} & set(names)
+        if path.stem != "bench_host":  # its launches are fake on any machine
+            assert f"bench/{path.name}" in commands
     mark = ".".join(("pytest", "mark", "gpu"))  # in one piece this file would look like one of those
-    with_mark = {f"tests/{path.stem}" for path in (machine.ROOT / "tests").glob("test_*.py") if mark in path.read_text()}
-    assert with_mark <= set(names)
-    assert "tests/test_gpu_check" not in names
+    for path in (machine.ROOT / "tests").glob("test_*.py"):
+        if mark in path.read_text():
+            assert f"tests/{path.name}" in commands
+
+
+def test_what_answers_the_first_questions_fits_one_call_of_ten_minutes(tmp_path, monkeypatch):
+    stages = stages_for_a_gpu(tmp_path, monkeypatch)
+    limits = {stage[0].name: max(part.limit for part in stage) for stage in stages}
+    until = list(limits).index("wikitext/ours")
+    assert sum(list(limits.values())[: until + 1]) < 9.4 * 60
+
+
+def test_tests_that_need_most_of_the_memory_run_alone(tmp_path, monkeypatch):
+    (alone,) = next(stage for stage in stages_for_a_gpu(tmp_path, monkeypatch) if stage[0].name == "tests/big")
+    assert "--gpu-tests=big" in alone.command
+    assert "-n" not in alone.command
 
 
 def test_without_a_gpu_it_says_what_to_do(capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert gpu_check.main([]) == 2
     assert "--device cpu --sizes smoke" in capsys.readouterr().err
+
+
+def test_without_a_commit_it_does_not_start(capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv("WIKIGPT_COMMIT", raising=False)
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    assert gpu_check.main(["--device", "cpu", "--sizes", "smoke", "--out", str(tmp_path)]) == 2
+    assert "WIKIGPT_COMMIT" in capsys.readouterr().err
+
+
+# --- GPU tests ----------------------------------------------------------------------------------------------------------
+
+TESTS = """
+import pytest
+pytestmark = pytest.mark.gpu
+def test_right(): pass
+def test_wrong():
+    reason = "seven"
+    assert reason == "eight"
+@pytest.mark.full
+def test_of_the_full_product(): raise RuntimeError
+@pytest.mark.big
+def test_with_most_of_the_memory(): pass
+"""
+
+
+def gpu_tests(tmp_path: Path, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    file = tmp_path / "test_some.py"
+    if not file.exists():
+        file.write_text(TESTS)
+        (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n gpu: x\n big: x\n full: x\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu_tests", f"--journal={tmp_path / JOURNAL}", str(file)]
+    environment = {**os.environ, "PYTHONPATH": str(machine.ROOT), **(env or {})}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    return subprocess.run([*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+
+def test_a_failure_is_printed_whole_and_every_outcome_is_in_the_journal(tmp_path):
+    done = gpu_tests(tmp_path)
+    assert done.returncode == 1
+    shown = [line[2:] for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert shown[0].startswith("FAILED test_some.py::test_wrong")
+    assert any('assert reason == "eight"' in line for line in shown)
+    tests = records.fold(records.read_lines(tmp_path / JOURNAL))["tests/gpu"]["tests"]
+    assert {name.rpartition(":")[2]: entry["outcome"] for name, entry in tests.items()} == {
+        "test_right": "passed", "test_wrong": "failed"
+    }  # fmt: skip
+
+
+def test_big_tests_are_chosen_alone(tmp_path):
+    assert gpu_tests(tmp_path, "--gpu-tests=big", "--part=tests/big").returncode == 0
+    tests = records.fold(records.read_lines(tmp_path / JOURNAL))["tests/big"]["tests"]
+    assert [name.rpartition(":")[2] for name in tests] == ["test_with_most_of_the_memory"]
+
+
+def test_a_second_call_runs_only_what_has_not_passed(tmp_path):
+    gpu_tests(tmp_path)
+    again = gpu_tests(tmp_path, "--skip-finished")
+    assert "1 failed" in again.stdout
+    assert "passed" not in again.stdout
+
+
+def test_a_test_that_was_running_when_time_was_over_is_known(tmp_path):
+    (tmp_path / "test_some.py").write_text("import os, pytest\n@pytest.mark.gpu\ndef test_hangs(): os._exit(3)\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n gpu: x\n")
+    gpu_tests(tmp_path)
+    found = records.fold(records.read_lines(tmp_path / JOURNAL))
+    (entry,) = found["tests/gpu"]["tests"].values()
+    assert entry["outcome"] == "running"
+    assert any("was at test_some.py::test_hangs" in line for line in gpu_check.summary(found, found["tests/gpu"]["commit"]))
+
+
+def test_a_lost_device_ends_its_worker_and_no_other_test(tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\npytestmark = pytest.mark.gpu\nlost = []\n"
+        "def test_a():\n    lost.append(1)\n    raise RuntimeError('CUDA error: an illegal memory access was encountered')\n"
+        "def test_b(): assert not lost\ndef test_c(): assert not lost\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n gpu: x\n")
+    gpu_tests(tmp_path, "-n", "1")
+    tests = records.fold(records.read_lines(tmp_path / JOURNAL))["tests/gpu"]["tests"]
+    assert [entry["outcome"] for _, entry in sorted(tests.items())] == ["failed", "passed", "passed"]
+
+
+# --- the whole, on a fake GPU -------------------------------------------------------------------------------------------
+
+
+def fake_gpu_check(out: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "bench.gpu_check",
+        "--sizes",
+        "smoke",
+        "--out",
+        str(out),
+        "--kept",
+        str(out.parent / "kept"),
+        *arguments,
+    ]
+    # Not as a child of this run of pytest: under xdist no benchmark measures.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "TRITON_INTERPRET"))}
+    environment |= {"WIKIGPT_FAKE_GPU": "90,none", "WIKIGPT_COMMIT": "fake", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=machine.ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def test_a_killed_check_loses_no_finished_row_and_the_next_call_goes_on(tmp_path):
+    """Killed when a moment of its own choosing has come: some lines after the first row of a benchmark."""
+    out = tmp_path / "out"
+    process = fake_gpu_check(out, "--only", "ops/norm")
+    assert process.stdout is not None
+    seen: list[str] = []
+    for line in process.stdout:
+        if "_norm" in line and "ours ran" in line:
+            seen.append(line.partition(": ours ran")[0])
+            if len(seen) == 2 + os.getpid() % 3:
+                process.send_signal(signal.SIGKILL)
+                break
+    process.stdout.close()
+    assert process.wait() == -signal.SIGKILL
+    time.sleep(1)
+    rows = records.fold(records.read_lines(out / JOURNAL))["ops/norm"]["rows"]
+    groups = {row["group"] for row in rows if row["name"] == "ours" and "median" in row}
+    assert set(seen) <= groups
+    (out / JOURNAL).unlink()  # the folder of results was emptied; the copy beside the sources was not
+    again = fake_gpu_check(out, "--only", "ops/norm")
+    output, _ = again.communicate()
+    assert again.returncode == 0, output
+    assert not any(f"{group}: " in output for group in seen), "measured twice"
+    rows = records.fold(records.read_lines(out / JOURNAL))["ops/norm"]["rows"]
+    assert len({row["group"] for row in rows if row["name"] == "ours" and "median" in row}) == 8
+
+
+# --- profiles and files of results ----------------------------------------------------------------------------------------
 
 
 def test_a_profile_tells_kernels_gaps_and_what_is_ours():
@@ -140,7 +368,7 @@ def test_a_profile_tells_kernels_gaps_and_what_is_ours():
 
 
 def test_the_names_of_our_kernels_are_found():
-    names = gpu_check.our_kernels()
+    names = gpu_parts.our_kernels()
     for kernel in ("kernels/norm_triton.py", "kernels/activation_triton.py"):
         text = (machine.ROOT / kernel).read_text()
         assert [name for name in names if f"def {name}(" in text]
@@ -149,17 +377,20 @@ def test_the_names_of_our_kernels_are_found():
 def test_results_of_pytest_benchmark_and_of_the_check_are_read_alike(tmp_path):
     stats = {"median": 2.0, "q1": 1.0, "q3": 3.0, "min": 1.0, "max": 4.0, "rounds": 5}
     entry = {"group": "g, S 1", "name": "test_x[ours]", "stats": stats, "extra_info": {"implementation": "ours", "op": "g"}}
+    facts = {"commit": "abc", "gpu": "H100"}
     raw = {"benchmarks": [entry], "datetime": "2026-01-02T03:04:05.6+00:00", "sizes": "default",
-           "machine_info": {"wikigpt": {"commit": "abc", "gpu": "H100"}}}  # fmt: skip
+           "machine_info": {"wikigpt": facts}}  # fmt: skip
     machine_folder = tmp_path / "some-machine"
     machine_folder.mkdir()
     (machine_folder / "norm.json").write_text(json.dumps(raw))
-    records.write(machine_folder / "ops.json", {"norm": records.condense(raw)})
-    first, second = records.load(tmp_path)
-    assert first.content == second.content
-    assert first.content["date"] == "2026-01-02 03:04:05 UTC"
-    assert first.content["commit"] == "abc"
+    journal = records.Journal(machine_folder / JOURNAL)
+    journal.add("ops/norm", "begin", date="2026-01-02 03:04:05 UTC", commit="abc", machine=facts, sizes="default")
+    journal.add("ops/norm", "row", group="g, S 1", name="ours", op="g", **stats)
+    ours, theirs = records.load(tmp_path)
+    assert ours.rows == theirs.rows == [{"group": "g, S 1", "name": "ours", "op": "g", **stats}]
+    assert (ours.file, ours.name) == ("ops", "norm")
+    for key in ("date", "commit", "machine", "sizes"):
+        assert ours.content[key] == theirs.content[key]
     (machine_folder / "other.json").write_text('{"date": "today"}')
     with pytest.raises(ValueError, match=r"other\.json: expected an object of parts"):
         list(records.load(tmp_path))
-    assert second.rows == [{"group": "g, S 1", "name": "ours", "op": "g", **stats}]
