@@ -1,5 +1,6 @@
-"""How many variants of each kernel a sweep of shapes would compile: `python -m tests.variants`, a process of its own, since
-tests tell Triton to interpret. Arguments are specialised as for sm_90; nothing is compiled and nothing is launched."""
+"""How many variants of each kernel sweeps of thousands of shapes would compile, beside those of tests/launch_cases.py, which
+launch: `python -m tests.variants`, a process of its own, since tests tell Triton to interpret. Arguments are specialised as for
+sm_90; nothing is compiled and nothing is launched."""
 
 from __future__ import annotations
 
@@ -26,87 +27,46 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def norm(rows: int, n: int, weight: torch.dtype, p: float = 0.0, wide: int = 0) -> None:
+def norm(rows: int, n: int) -> None:
     from wikigpt.kernels.norm_triton import backward, forward
 
-    x, w = meta(rows, n + wide)[:, :n], meta(n, dtype=weight)
-    seed = meta(2, dtype=torch.int64) if p else None
-    _, h, mean, rstd = forward(x, w, w, x, seed, 1e-5, p, False, False, True, True)
-    backward(x, x, h, w, mean, rstd, seed, p, False, x.dtype, weight, True, True)
+    x, w = meta(rows, n), meta(n)
+    _, h, mean, rstd = forward(x, w, w, x, None, 1e-5, 0.0, False, False, True, True)
+    backward(x, x, h, w, mean, rstd, None, 0.0, False, x.dtype, w.dtype, True, True)
 
 
 @sweep
 def norm_of_any_number_of_rows() -> None:
-    for rows in range(1, 301):
-        norm(rows, 768, torch.bfloat16)
-    for rows in (512, 4099, 8192, 100_000):
-        norm(rows, 768, torch.bfloat16)
-
-
-@sweep
-def norm_with_weights_in_float32() -> None:
-    for rows in range(1, 301):
-        norm(rows, 768, torch.float32)
+    for rows in [*range(1, 301), 512, 4099, 8192, 100_000]:
+        norm(rows, 768)
 
 
 @sweep
 def norm_of_wide_rows() -> None:
     for rows in range(1, 301):
-        norm(rows, 65536, torch.bfloat16)
-
-
-@sweep
-def norm_of_parts_of_rows_with_dropout() -> None:
-    for rows in range(1, 301):
-        norm(rows, 768, torch.bfloat16, p=0.5 if rows % 2 else 0.1, wide=16 * (rows % 5 + 1))
-
-
-def activation(rows: int, features: int, form: str, p: float = 0.0) -> None:
-    from wikigpt.kernels.activation_triton import backward, forward
-
-    gate = meta(rows, features * (2 if form == "packed" else 1))
-    up = meta(rows, features) if form == "gated" else None
-    bias = meta(features) if form == "bias" else None
-    seed = meta(2, dtype=torch.int64) if p else None
-    options = (gate, up, bias, None, seed, "gelu", form == "packed", p)
-    backward(forward(*options), bias is not None, False, *options)
-
-
-@sweep
-def activation_of_any_number_of_rows_with_a_bias() -> None:
-    for rows in range(1, 301):
-        activation(rows, 3072, "bias")
-
-
-@sweep
-def activation_of_any_number_of_rows_and_chance_of_dropout() -> None:
-    for rows in range(1, 301):
-        activation(rows, 3072, "gated", p=rows / 400)
-
-
-@sweep
-def activation_of_any_number_of_packed_rows() -> None:
-    for rows in range(1, 301):
-        activation(rows, 1536, "packed")
+        norm(rows, 65536)
 
 
 @sweep
 def activation_of_any_width() -> None:
+    from wikigpt.kernels.activation_triton import backward, forward
+
     for features in range(8, 20_000, 8):
-        activation(3, features, "gated")
+        gate, up = meta(3, features), meta(3, features)
+        options = (gate, up, None, None, None, "silu", False, 0.0)
+        backward(forward(*options), False, False, *options)
 
 
-def rotary(batch: int, length: int, heads: int, positions: bool = False) -> None:
+def rotary(batch: int, length: int, heads: int) -> None:
     from wikigpt.kernels.rotary_triton import turned
 
     q, k = (meta(batch, length, n, 128).transpose(1, 2) for n in (heads, -(-heads // 4)))
-    cos = meta(max(length, 40), 64, dtype=torch.float32)
-    cos = cos if positions else cos[:length]
-    turned(q, k, cos, cos, meta(batch, length, dtype=torch.int64) if positions else None, False, False)
+    cos, positions = meta(300, 64, dtype=torch.float32), meta(batch, length, dtype=torch.int64)
+    turned(q, k, cos, cos, positions, False, False)
 
 
 @sweep
-def rotary_of_any_length() -> None:
+def rotary_of_any_length_batch_and_number_of_heads() -> None:
     for length in range(2, 301):
         rotary(1 + length % 5, length, 1 + length % 33)
 
@@ -114,20 +74,7 @@ def rotary_of_any_length() -> None:
 @sweep
 def rotary_of_one_position_of_any_batch() -> None:
     for batch in range(1, 301):
-        rotary(batch, 1, 1 + batch % 33, positions=True)
-
-
-@sweep
-def cross_entropy_of_any_number_of_rows() -> None:
-    from wikigpt.kernels import cross_entropy_triton as kernels
-
-    for rows in range(1, 301):
-        z, target, weight = meta(rows, 33278), meta(rows, dtype=torch.int64), meta(33278, dtype=torch.float32)
-        options = kernels.options(rows - 150, 0.1, 0.0, 1e-4, weight)
-        per_row = kernels.Rows.empty(target, True, 1)
-        kernels.forward(z, target, per_row, 0, 33278, options)
-        row_grad = per_row.loss if rows % 2 else per_row.loss[:1].expand(rows)
-        kernels.gradient(z, z, target, per_row.lse, row_grad, 0, 33278, options)
+        rotary(batch, 1, 1 + batch % 33)
 
 
 def linear_cross_entropy(tokens: int, filtering: bool) -> None:
