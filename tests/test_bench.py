@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench import suite
+from bench import bench_training, suite
 from bench.suite import Peer, Problem, measure_group, plain
 from bench.timing import take_turns
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -86,3 +90,58 @@ def test_functions_take_turns():
 def test_a_slow_group_takes_three_rounds():
     samples = take_turns({"a": lambda: torch.randn(10)}, "cpu", 50, limit=0.0)
     assert len(samples["a"].seconds) == 3
+
+
+def test_before_each_timed_call_the_cache_is_filled_by_reading_and_never_written():
+    """What is written lies in the L2 cache as dirty lines, which the timed kernel would have to write back."""
+    script = """
+import bench, torch
+from bench.timing import EventClock, Samples
+products = []
+mm = torch.mm
+torch.mm = lambda *a, **k: products.append(1) or mm(*a, **k)
+sleep = torch.cuda._sleep
+torch.cuda._sleep = lambda cycles: order.append("sleep")
+order = []
+clock = EventClock()
+assert products, "the spin is calibrated at the clocks of an idle GPU"
+order.clear()
+written = clock.cache._version
+evict = clock._evict
+clock._evict = lambda: (order.append("evict"), evict())
+clock.measure(lambda: order.append("call"), Samples(calls=3, hold=1.0, with_host=True))
+assert order == ["sleep", *["evict", "call"] * 3], order
+assert clock.cache._version == written
+"""
+    environment = {**os.environ, "WIKIGPT_FAKE_GPU": "90,none"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+class Stub:
+    """A worker that trains nothing, and whose CUDA graph was not captured where its name says so."""
+
+    def __init__(self, name: str, case: Any, device: str):
+        self.answers = iter([{"loss": 1.0}])
+        self.figures = {"seconds": 1e-3, "peak_bytes": 1, "no_graph": "no memory" if name == "ours" else None}
+
+    def ask(self, line: str) -> None:
+        self.answers = iter([self.figures])
+
+    def answer(self) -> dict[str, Any]:
+        return next(self.answers)
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_graph_that_was_not_captured_is_a_wrong_row_with_a_time(monkeypatch):
+    monkeypatch.setattr(bench_training, "Worker", Stub)
+    names = ["ours", "ours, eager", bench_training.PLAIN]
+    written: list[str] = []
+    case = bench_training.Case(*bench_training.SMOKE, "fp32")
+    rows = bench_training.measure_processes(case, names, "cpu", "smoke", lambda row: written.append(row.name))
+    assert rows["ours"].wrong == "ours captured no CUDA graph: no memory"
+    assert rows["ours"].samples is not None
+    assert rows["ours, eager"].wrong is None
+    assert set(written) == set(names), "each row is handed over as soon as it has three turns"

@@ -207,6 +207,16 @@ def test_what_answers_the_first_questions_fits_one_call_of_ten_minutes(tmp_path,
     assert sum(list(limits.values())[: until + 1]) < 9.4 * 60
 
 
+def test_the_page_names_every_part_with_its_limit(tmp_path, monkeypatch):
+    text = (machine.ROOT / "docs" / "gpu-check.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    for stage in stages_for_a_gpu(tmp_path, monkeypatch):
+        for one in stage:
+            name = "verdict/*" if one.name.startswith("verdict/") else one.name
+            (limit,) = [cells[1].removesuffix(" each") for cells in rows if name in cells[0]]
+            assert float(limit) == max(part.limit for part in stage), one.name
+
+
 def test_tests_that_need_most_of_the_memory_run_alone(tmp_path, monkeypatch):
     (alone,) = next(stage for stage in stages_for_a_gpu(tmp_path, monkeypatch) if stage[0].name == "tests/big")
     assert "--gpu-tests=big" in alone.command
