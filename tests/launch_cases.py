@@ -19,8 +19,10 @@ from bench import fake_gpu
 RECORDER = fake_gpu.install_if_asked()
 
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 from wikigpt.kernels import linear_cross_entropy as loss_of_a_layer  # noqa: E402
+from wikigpt.kernels.attention import pytorch as pytorch_names  # noqa: E402
 
 from wikigpt import kernels  # noqa: E402
 from wikigpt.model import GPT, GPTConfig  # noqa: E402
@@ -117,6 +119,40 @@ def decode(
     )
 
 
+def activated(call: Call) -> Call:
+    """With our attention under PyTorch's names. C++ sees tensors of the CPU, so that is where it takes their place."""
+
+    def inside() -> Any:
+        activation = pytorch_names._activate("CPU")
+        try:
+            results = call()
+            backward(results)
+        finally:
+            activation.remove()
+
+    return inside
+
+
+def pytorch_sdpa(**options: Any) -> Call:
+    q, k = tensor(2, 4, 80, 64), tensor(2, 4, 96, 64)
+    return activated(lambda: F.scaled_dot_product_attention(q, k, k, **options))
+
+
+def kv_packed() -> Call:
+    q, kv = tensor(2, 80, 4, 64), tensor(2, 96, 2, 2, 64)
+    return lambda: kernels.flash_attn_kvpacked_func(q, kv)
+
+
+def varlen_qkv_packed() -> Call:
+    qkv, ends = tensor(96, 3, 4, 64), integers(0, 30, 96)
+    return lambda: kernels.flash_attn_varlen_qkvpacked_func(qkv, ends, 66)
+
+
+def varlen_attn() -> Call:
+    q, ends = tensor(96, 4, 64), integers(0, 30, 96)
+    return lambda: kernels.varlen_attn(q, q, q, ends, ends, 66, 66, window_size=(-1, 0))
+
+
 def mask(*shape: int) -> Tensor:
     return torch.ones(*shape, dtype=torch.bool, device="cuda")
 
@@ -141,6 +177,11 @@ ATTENTION: dict[str, Callable[[], Call]] = {
     "flash qkv packed": lambda: qkv_packed(80),
     "varlen": lambda: packed(),
     "varlen dropout, sinks": lambda: packed(dropout_p=0.1, s_aux=tensor(4, dtype=torch.float32)),
+    "flash kv packed": kv_packed,
+    "varlen qkv packed": varlen_qkv_packed,
+    "varlen_attn": varlen_attn,
+    "PyTorch's sdpa": lambda: pytorch_sdpa(is_causal=False),
+    "PyTorch's sdpa, mask": lambda: pytorch_sdpa(attn_mask=mask(2, 1, 1, 96)),
     "sdpa causal": lambda: sdpa(is_causal=True),
     "sdpa mask": lambda: sdpa(mask(2, 1, 1, 96)),
     "sdpa additive mask": lambda: sdpa(tensor(2, 4, 80, 96, grad=False)),
@@ -272,19 +313,47 @@ def optimizer(dtype: torch.dtype = torch.float32, **options: Any) -> Call:
     return lambda: [steps.step() for _ in range(3)]
 
 
+def adam() -> Call:
+    p = torch.nn.Parameter(torch.zeros(64, device="cuda"))
+    p.grad = torch.ones_like(p)
+    return kernels.FusedAdam([p]).step
+
+
 def tokens(**options: Any) -> Call:
     logits = torch.zeros(4, 500, device="cuda")
     return lambda: kernels.sample(logits, **options)
+
+
+def flashinfer_tokens() -> Call:
+    logits = torch.zeros(4, 500, device="cuda")
+    return lambda: kernels.top_k_top_p_sampling_from_logits(logits, 50, 0.9)
+
+
+def scaled_step() -> Call:
+    """With a gradient scale, whose finding of inf stays on the device."""
+    p = torch.nn.Parameter(torch.zeros(64, device="cuda"))
+    optimizer, scaler = kernels.FusedAdamW([p], max_grad_norm=1.0), torch.amp.GradScaler("cuda")
+
+    def call() -> None:
+        for _ in range(2):
+            scaler.scale(p.square().sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+    return call
 
 
 EXTENSION: dict[str, Callable[[], Call]] = {
     "AdamW": lambda: optimizer(),
     "AdamW of everything": lambda: optimizer(max_grad_norm=1.0, ema_decay=0.9, amsgrad=True, zero_grad=True),
     "AdamW of bfloat16": lambda: optimizer(dtype=BF16, stochastic_rounding=True),
+    "AdamW scaled": scaled_step,
+    "Adam": adam,
     "sample": lambda: tokens(),
     "sample filtered": lambda: tokens(temperature=0.8, top_k=50, top_p=0.9, min_p=0.01),
     "sample of seeds": lambda: tokens(seed=torch.arange(4, device="cuda"), offset=3, top_k=50),
     "sample of a generator": lambda: tokens(generator=torch.Generator("cuda")),
+    "sample as flashinfer": flashinfer_tokens,
     "sample tensors": lambda: tokens(temperature=torch.ones(4, device="cuda"), top_p=torch.full((4,), 0.9, device="cuda")),
 }
 
@@ -483,6 +552,31 @@ def run_elsewhere(name: str) -> Found:
     with recorder.counting(), recorder.tensors_on(1):
         backward(CASES[name]()())
         return _found()
+
+
+def functions_called() -> set[str]:
+    """Names of wikigpt.kernels that some case calls, directly or through another function."""
+    recorder, called, names = _recorder(), set(), [name for name in kernels.__all__ if callable(getattr(kernels, name))]
+
+    def noting(name: str, function: Any) -> Any:
+        @functools.wraps(function, updated=())
+        def call(*args: Any, **kwargs: Any) -> Any:
+            called.add(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    before = {name: getattr(kernels, name) for name in names}
+    try:
+        for name, function in before.items():
+            setattr(kernels, name, noting(name, function))
+        with recorder.counting():
+            for make in (CASES | MODELS).values():
+                backward(make()())
+    finally:
+        for name, function in before.items():
+            setattr(kernels, name, function)
+    return called
 
 
 def run_model(name: str) -> Found:

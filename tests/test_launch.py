@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="triton, which compiles and launches, is fo
 
 from bench import fake_gpu
 from tests import launch_cases as cases
+from wikigpt import kernels
 
 pytestmark = pytest.mark.slow
 
@@ -54,6 +55,15 @@ def test_it_is_launched_within_the_limits_and_waits_for_nothing(name, h100):
     found = h100(cases.run, name)
     assert found.launches or name in cases.EXTENSION
     assert not fake_gpu.broken_limits(found.launches, 90)
+
+
+# Of wikigpt.kernels, what is no op with a kernel of its own.
+NO_OPS = {"CrossEntropyAux", "attention_weights", "backend", "debug_checks", "explain", "gelu", "ops"}
+
+
+def test_every_public_function_is_launched_here(h100):
+    public = {name for name in kernels.__all__ if callable(getattr(kernels, name))}
+    assert public - h100(cases.functions_called) == NO_OPS
 
 
 @pytest.mark.parametrize("arch", [80, 100], ids="sm_{}".format)
