@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -252,3 +252,38 @@ def grid(seed: int, n_random: int) -> Iterator[Case]:
         if combines(features):
             made += 1
             yield Case(features, choose.choice(dtypes), **dims(features))  # type: ignore[arg-type]
+
+
+def covering(seed: int, beside: Sequence[Case] = ()) -> list[Case]:
+    """Few cases in which still every two features that combine meet, each feature every dtype, and each head_dim every dtype:
+    a pairwise covering array, made greedily, of what the cases `beside` leave over. For machines where what takes the time is
+    to compile kernels for each case."""
+    choose = random.Random(seed)
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    wanted: set[frozenset[object]] = {frozenset(pair) for pair in itertools.combinations(FEATURES, 2) if combines(pair)}
+    wanted |= {frozenset(pair) for pair in itertools.product(FEATURES, dtypes)}
+    wanted |= {frozenset(pair) for pair in itertools.product(HEAD_DIMS, dtypes)}
+    for case in beside:
+        wanted -= {frozenset(pair) for pair in itertools.combinations((*case.features, case.dtype, case.head_dim), 2)}
+    cases = []
+    for head_dim, dtype in itertools.product(HEAD_DIMS, dtypes):
+        if frozenset((head_dim, dtype)) not in wanted:
+            continue
+        best: tuple[str, ...] = ()
+        left: set[frozenset[object]] = set()
+        for _ in range(200):
+            features: tuple[str, ...] = ()
+            for feature in choose.sample(FEATURES, len(FEATURES)):
+                if len(features) < 6 and combines((*features, feature)):
+                    features = (*features, feature)
+            new = {frozenset(pair) for pair in itertools.combinations((*features, dtype, head_dim), 2)} & wanted
+            if len(new) > len(left):
+                best, left = features, new
+        wanted -= left | {frozenset((head_dim, dtype))}
+        heads, groups = choose.choice(((2, 2), (2, 1), (4, 2), (3, 1)))
+        s, t = choose.choice((17, 32, 33, 130)), choose.choice((16, 31, 41, 150))
+        v_head_dim = choose.choice((head_dim, head_dim, 24))
+        ordered = tuple(sorted(best, key=FEATURES.index))
+        cases.append(Case(ordered, dtype, 2, s, t, heads, groups, head_dim, v_head_dim, choose.randrange(2**31)))
+    assert not wanted, f"not covered: {wanted}"
+    return cases

@@ -13,7 +13,7 @@ from wikigpt.kernels.attention.config import Row, Rows
 from wikigpt.kernels.attention.op import attention
 from wikigpt.kernels.attention.reference import Inputs, keep_mask
 
-from tests.attention_cases import FEATURES, Case, build, check, combines, grid, outputs
+from tests.attention_cases import FEATURES, Case, build, check, combines, covering, grid, outputs
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="a GPU is here: test_gpu.py runs the grid on it"
@@ -34,6 +34,13 @@ def test_outputs_and_gradients_are_as_accurate_as_plain_pytorch(case):
 @pytest.mark.full
 @pytest.mark.parametrize("case", list(grid(seed=7, n_random=600)), ids=str)
 def test_the_full_product_is_as_accurate_as_plain_pytorch(case):
+    check(case, "triton")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", covering(seed=2026), ids=str)
+def test_every_two_features_hold_together_at_every_head_dim(case):
+    """The cases of the GPU, where they are checked by default."""
     check(case, "triton")
 
 

@@ -47,7 +47,7 @@ _TABLE: dict[int, dict[int, Rows]] = {
         256: Rows(Row(64, 64, 8, 2), Row(64, 32, 8, 2), Row(32, 32, 8, 2)),
     },
     86: {  # 99 KiB of shared memory a block
-        64: Rows(Row(128, 64, 8, 3), Row(64, 32, 4, 2), Row(16, 64, 4, 3)),
+        64: Rows(Row(128, 64, 8, 3), Row(64, 32, 4, 2), Row(32, 64, 4, 2)),
         128: Rows(Row(128, 32, 8, 3), Row(64, 64, 8, 2), Row(64, 64, 8, 2)),
         256: Rows(Row(64, 32, 8, 2), Row(64, 16, 8, 2), Row(32, 32, 8, 2)),
     },

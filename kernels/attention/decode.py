@@ -53,7 +53,7 @@ def _turned(x, X, Cos, Sin, position, inside, d, n_positions, ROTARY_DIM: tl.con
 # Lengths, counts and strides of small tensors change from call to call and from model to model: none is worth a compilation.
 _CHANGING = (
     "seqlen", "n_new", "capacity", "n_q", "n_blocks", "n_positions", "n_parts", "n_splits", "n_rows", "n_tiles", "batch",
-    "heads", "groups", "left", "right", "stride_table", "stride_slope",
+    "heads", "group", "groups", "left", "right", "stride_table", "stride_slope",
 )  # fmt: skip
 
 
@@ -277,6 +277,7 @@ def _decode(
     capacity,
     n_q,
     heads,
+    group,
     groups,
     n_tiles,
     batch,
@@ -287,7 +288,6 @@ def _decode(
     factor,
     D: tl.constexpr,
     DV: tl.constexpr,
-    GROUP: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     LEFT: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -297,7 +297,7 @@ def _decode(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """Program (b, g and tile of rows; split). Row r of a key/value head is query r // GROUP of its head r % GROUP.
+    """Program (b, g and tile of rows; split). Row r of a key/value head is query r // group of its head r % group.
 
     SPLITS: Out (splits, B, S, H, DV) and Lse (splits, B, H, S), base 2, of this split's keys; otherwise the results.
     """
@@ -305,8 +305,8 @@ def _decode(
     g, b = tl.program_id(0) // n_tiles % groups, tl.program_id(0) // n_tiles // groups
     b64, g64 = b.to(tl.int64), g.to(tl.int64)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    i = rows // GROUP
-    h = g * GROUP + rows % GROUP
+    i = rows // group
+    h = g * group + rows % group
     real = i < n_q
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
@@ -321,8 +321,8 @@ def _decode(
 
     # Row r sees keys row_low .. row_high, the tile keys low .. high, and all of its rows keys full_low .. full_high.
     diagonal = n_keys - n_q
-    i_first = tile * BLOCK_M // GROUP
-    i_last = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, n_q - 1)
+    i_first = tile * BLOCK_M // group
+    i_last = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // group, n_q - 1)
     row_low = tl.maximum(i + diagonal - left, n_pad)
     row_high = tl.minimum(i + diagonal + right + 1, n_keys)
     low, full_low = tl.maximum(i_first + diagonal - left, n_pad), tl.maximum(i_last + diagonal - left, n_pad)
@@ -548,10 +548,10 @@ def _launch_decode(x: CacheInputs, q: Tensor, out: Tensor, lse: Tensor) -> None:
         x.alibi_slopes, x.s_aux, *strides(q), *strides(x.k_cache), *strides(x.v_cache),
         0 if table is None else table.stride(0),
         heads if x.alibi_slopes is not None and x.alibi_slopes.dim() == 2 else 0,
-        x.start, x.n_new, x.capacity, n_q, heads, groups, n_tiles, batch,
+        x.start, x.n_new, x.capacity, n_q, heads, heads // groups, groups, n_tiles, batch,
         *(min(n, NO_LIMIT) if n >= 0 else NO_LIMIT for n in (x.window_left, x.window_right)),
         x.softmax_scale, x.softcap, exponent_factor(x.softmax_scale, plain),
-        D=dim, DV=dim_v, GROUP=heads // groups, PAGE_SIZE=0 if table is None else x.k_cache.shape[1],
+        D=dim, DV=dim_v, PAGE_SIZE=0 if table is None else x.k_cache.shape[1],
         LEFT=x.window_left >= 0, SOFTCAP=x.softcap > 0, SPLITS=splits > 1,
         BLOCK_D=padded(dim), BLOCK_DV=padded(dim_v), **blocks,
     )  # fmt: skip
