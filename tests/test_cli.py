@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from tests.forked import run_module
 from wikigpt import checkpoint
 from wikigpt.data import WordTokenizer
 from wikigpt.model import GPT, GPTConfig
@@ -15,12 +16,14 @@ from wikigpt.model import GPT, GPTConfig
 SENTENCE = "the cat sat on the mat and the dog sat on the log"
 
 
-def wikigpt(*arguments, cwd, env=None):
-    return subprocess.run(
-        [sys.executable, "-m", "wikigpt", "--threads", "1", *map(str, arguments)],
-        cwd=cwd, capture_output=True, text=True, timeout=240,
-        env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "WIKIGPT_DATA_DIR": "", **(env or {})},
-    )  # fmt: skip
+def wikigpt(*arguments, cwd, env=None, copied=True):
+    """`python -m wikigpt` in a process of its own: a copy of one that has imported torch, or one that begins with nothing."""
+    words = ["--threads", "1", *map(str, arguments)]
+    env = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "WIKIGPT_DATA_DIR": "", **(env or {})}
+    if copied:
+        return run_module("wikigpt", words, cwd=cwd, env=env, timeout=240)
+    command = [sys.executable, "-m", "wikigpt", *words]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,7 @@ TINY = [
 @pytest.mark.slow
 def test_train_evaluate_generate_attention_and_export_in_a_row(place, tmp_path):
     out = tmp_path / "run"
-    done = wikigpt("train", "--preset", "quick", "--dataset", place / "text", "--out", out, *TINY, cwd=tmp_path)
+    done = wikigpt("train", "--preset", "quick", "--dataset", place / "text", "--out", out, *TINY, cwd=tmp_path, copied=False)
     assert done.returncode == 0, done.stderr
     for expected in (
         "test perplexity:",
@@ -78,7 +81,7 @@ def test_train_evaluate_generate_attention_and_export_in_a_row(place, tmp_path):
     assert "sliding window" in done.stdout
     assert "blocked" in done.stdout
 
-    done = wikigpt("generate", "the cat", "-c", out, "--max-new-tokens", 5, "--seed", 1, cwd=tmp_path)
+    done = wikigpt("generate", "the cat", "-c", out, "--max-new-tokens", 5, "--seed", 1, cwd=tmp_path, copied=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("the cat")
     again = wikigpt("generate", "the cat", "-c", out, "--max-new-tokens", 5, "--seed", 1, cwd=tmp_path)
@@ -117,7 +120,7 @@ def test_doctor_names_an_implementation_for_every_op(place):
 
 @pytest.mark.parametrize("command", ["data", "train", "evaluate", "generate", "finetune", "attention", "export", "doctor"])
 def test_every_command_explains_itself(place, command):
-    done = wikigpt(command, "--help", cwd=place)
+    done = wikigpt(command, "--help", cwd=place, copied=command != "doctor")  # one from nothing
     assert done.returncode == 0
     assert len(done.stdout) > 200
 
