@@ -80,15 +80,25 @@ Result cuDeviceGetAttribute(int* value, int attribute, int device) {
   return 0;
 }
 
-/* The map begins with the address that it describes, for `parameters`. */
-Result cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* address, ...) {
+/* Refuses what a driver refuses (CUDA driver API, cuTensorMapEncodeTiled). The map begins with the address that it describes,
+   for `parameters`. */
+Result cuTensorMapEncodeTiled(
+    void* map, int type, uint32_t rank, void* address, const Word* sizes, const Word* strides, const uint32_t* box,
+    const uint32_t* steps, int interleave, int swizzle, int promotion, int fill) {
+  static const uint8_t bytes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4}; /* of a CUtensorMapDataType */
+  if (type < 0 || type > 12 || rank < 1 || rank > 5 || (Word)address % 16) return 1; /* CUDA_ERROR_INVALID_VALUE */
+  for (uint32_t i = 0; i < rank; ++i) {
+    if (sizes[i] < 1 || sizes[i] > (Word)1 << 32 || box[i] < 1 || box[i] > 256) return 1;
+    if (i + 1 < rank && (strides[i] % 16 || strides[i] >= (Word)1 << 40)) return 1;
+  }
+  const uint32_t row = box[0] * bytes[type];
+  if (row % 16 || (swizzle && row > 16u << swizzle)) return 1; /* 32, 64, 128 bytes */
   memset(map, 0, 128);
   memcpy(map, &address, sizeof address);
   return 0;
 }
-Result cuTensorMapEncodeIm2col(void* map, int type, uint32_t rank, void* address, ...) {
-  return cuTensorMapEncodeTiled(map, type, rank, address);
-}
+
+Result cuTensorMapEncodeIm2col(void* map, ...) { return 801; /* CUDA_ERROR_NOT_SUPPORTED: nobody here asks for it */ }
 
 Result cuFuncGetAttribute(int* value, int attribute, Word function) { return *value = attribute == 0 ? 1024 : 0, 0; }
 Result cuGetErrorString(Result error, const char** text) { return *text = "an error of the fake libcuda", 0; }

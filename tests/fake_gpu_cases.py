@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable
 from typing import Any
@@ -92,6 +93,15 @@ def forget_and_compile_again() -> list[int]:
         scaled[(1,)](x, y, 64, 0.5, BLOCK=64)
         counts.append(r.compiled["fake_gpu_cases.scaled"])
     return counts
+
+
+def describe(address: int = 4096, stride: int = 256, box: int = 64) -> int:
+    """The driver's answer to a tensor descriptor of (100, 128) numbers of bfloat16, read in blocks of (box, 64)."""
+    two, longs, ints = 2, ctypes.c_uint64 * 2, ctypes.c_uint32 * 2
+    return fake_gpu._library().cuTensorMapEncodeTiled(
+        ctypes.create_string_buffer(128), 9, two, ctypes.c_void_p(address), longs(128, 100), longs(stride, 0), ints(64, box),
+        ints(1, 1), 0, 3, 0, 0,
+    )  # fmt: skip
 
 
 # --- what waits for a device --------------------------------------------------------------------------------------------

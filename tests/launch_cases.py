@@ -76,6 +76,12 @@ def flash(
     return lambda: kernels.flash_attn_func(q, k, v, **options)
 
 
+def flash_columns(width: int, d: int) -> Call:
+    """Of head_dim d, with elements that lie `width` apart."""
+    q, k = tensor(2, 80, 4, d, width)[..., 0], tensor(2, 96, 2, d, width)[..., 0]
+    return lambda: kernels.flash_attn_func(q, k, k, causal=True)
+
+
 def packed(**options: Any) -> Call:
     q, k, ends = tensor(96, 4, 64), tensor(96, 2, 64), integers(0, 30, 96)
     return lambda: kernels.flash_attn_varlen_func(q, k, k, ends, ends, 66, 66, causal=True, **options)
@@ -159,11 +165,13 @@ def mask(*shape: int) -> Tensor:
 
 ATTENTION: dict[str, Callable[[], Call]] = {
     "flash causal": lambda: flash(causal=True),
-    "flash full": lambda: flash(),
-    "flash float16": lambda: flash(causal=True, dtype=torch.float16),
     "flash float32": lambda: flash(causal=True, dtype=torch.float32, d=32),
     "flash head_dim 128": lambda: flash(causal=True, d=128),
     "flash head_dim 192, values of 80": lambda: flash(causal=True, d=192, dv=80),
+    "flash head_dim 1": lambda: flash(d=1),
+    "flash head_dim 1, far apart": lambda: flash_columns(8, 1),
+    "flash head_dim 72": lambda: flash(d=72),
+    "flash columns": lambda: flash_columns(2, 64),
     "flash window": lambda: flash(window_size=(16, 8)),
     "flash softcap": lambda: flash(causal=True, softcap=20.0),
     "flash alibi": lambda: flash(causal=True, alibi_slopes=floats(4)),

@@ -70,6 +70,12 @@ def test_shared_memory_beyond_the_limit_is_found(arch, shared, fits):
     assert (not fake_gpu.broken_limits([launch], arch)) == fits
 
 
+@pytest.mark.parametrize("fault", [(4104,), (4096, 258), (4096, 256, 257)], ids=["address", "stride", "box"])
+def test_a_tensor_descriptor_that_a_gpu_refuses_is_refused(fault, there):
+    assert there(cases.describe) == 0
+    assert there(cases.describe, *fault) != 0
+
+
 def test_a_launch_on_another_device_than_its_tensors_is_seen(there):
     assert there(cases.launch_for_the_second_device, True) == [1]
     assert there(cases.launch_for_the_second_device, False) == [0]

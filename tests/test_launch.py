@@ -22,7 +22,10 @@ pytestmark = pytest.mark.slow
 
 Process = Callable[..., Any]  # (function of launch_cases, arguments) -> what it gives there
 # What is compiled for other architectures: matrix units, descriptors and block sizes differ there.
-OTHER_ARCHITECTURES = ("flash causal", "flash bias", "flash mask", "varlen", "kvcache paged", "layer_norm", "swiglu", "rotary")
+OTHER_ARCHITECTURES = (
+    "flash causal", "flash bias", "flash mask", "flash head_dim 1, far apart", "flash head_dim 72", "varlen", "kvcache paged",
+    "layer_norm", "swiglu", "rotary",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
