@@ -205,7 +205,9 @@ def _gradient(
     if SOFTCAP:
         capped = z / softcap
         grad *= 1 - capped * capped
-    grad = tl.where(valid[:, None] & exists[None, :], grad, 0.0)
+    grad = tl.where(valid[:, None], grad, 0.0)
+    if column_tile * BLOCK_N + BLOCK_N > width:  # the last tile: other ones need no register for what exists
+        grad = tl.where(exists[None, :], grad, 0.0)
     if Flags is not None:
         counts = tl.where(tl.abs(grad) < threshold, 0, 1).to(tl.int8)  # this way round NaN counts
         counts = tl.max(tl.reshape(counts, (BLOCK_M, BLOCK_N // TILE, TILE)), 2)
