@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton, which compiles and launches, is for Linux alone")
 
-from bench import fake_gpu
+from bench import bench_host, fake_gpu
 from tests import launch_cases as cases
 from wikigpt import kernels
 
@@ -104,3 +104,59 @@ def test_other_sizes_compile_no_other_kernel(name, h100):
     assert compiled
     allowed = cases.SWEEPS[name].allowed
     assert not {kernel: count for kernel, count in compiled.items() if count > allowed.get(kernel, 1)}
+
+
+# --- host time ------------------------------------------------------------------------------------------------------
+
+# Of ours in times of PyTorch's, what was measured (bench/bench_host.py) and half of it more: a mark against slipping, no goal.
+HOST_LIMITS = {
+    ("rms_norm", "no grad"): 11.0,
+    ("rms_norm", "forward with grad"): 14.0,
+    ("rms_norm", "forward + backward"): 6.0,
+    ("layer_norm", "no grad"): 37.0,
+    ("layer_norm", "forward with grad"): 50.0,
+    ("layer_norm", "forward + backward"): 12.0,
+    ("flash_attn_func", "no grad"): 26.0,
+    ("flash_attn_func", "forward with grad"): 40.0,
+    ("flash_attn_func", "forward + backward"): 12.0,
+    ("scaled_dot_product_attention", "no grad"): 31.0,
+    ("scaled_dot_product_attention", "forward with grad"): 54.0,
+    ("scaled_dot_product_attention", "forward + backward"): 11.0,
+    ("kvcache append + decode", "no grad"): 23.0,
+    ("swiglu", "no grad"): 43.0,
+    ("swiglu", "forward with grad"): 42.0,
+    ("swiglu", "forward + backward"): 11.0,
+    ("apply_rotary_emb", "no grad"): 11.0,
+    ("apply_rotary_emb", "forward with grad"): 6.9,
+    ("apply_rotary_emb", "forward + backward"): 4.3,
+    ("cross_entropy", "no grad"): 47.0,
+    ("cross_entropy", "forward with grad"): 49.0,
+    ("cross_entropy", "forward + backward"): 14.0,
+    ("linear_cross_entropy", "no grad"): 30.0,
+    ("linear_cross_entropy", "forward with grad"): 25.0,
+    ("linear_cross_entropy", "forward + backward"): 9.8,
+    ("AdamW step", "no grad"): 1.1,
+    ("sample", "no grad"): 0.88,
+}
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[bench_host.Worker]:
+    worker = bench_host.Worker()
+    yield worker
+    worker.close()
+
+
+def test_every_call_has_a_limit():
+    assert HOST_LIMITS.keys() == set(bench_host.cases())
+
+
+@pytest.mark.parametrize("case", HOST_LIMITS, ids=", ".join)
+def test_a_call_costs_the_host_no_more_than_it_did(case, host):
+    peer = bench_host.OPS[case[0]][1][0]
+    for rounds in (10, 60):  # on a busy machine the least of a few may be too much
+        seconds = host.measure(case, rounds)
+        ratio = min(seconds["ours"]) / min(seconds[peer])
+        if ratio <= HOST_LIMITS[case]:
+            break
+    assert ratio <= HOST_LIMITS[case]
