@@ -390,27 +390,32 @@ def _model(text: str, **options: Any) -> Case:
 
 LLAMA = {"position": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "n_kv_head": 2}
 CASES: dict[str, list[Case]] = {
+    # Three lists, because each case compiles three kernels, two seconds each: three processes share them.
     "attention": [
         _attention(causal=True),
         _attention(),
         _attention(causal=True, h=16, g=4, d=128),
         _attention(causal=True, d=128, dtype=F16),
+        _varlen(BF16, 64, 0, causal=True),
+        _varlen(BF16, 128, 100, causal=True),
+        _sdpa(BF16, False),
+        _sdpa(F16, True),
+    ],
+    "attention_shapes": [
         _attention(causal=True, s=1024, d=96, t=1111),
         _attention(s=1000, t=2047, d=128),
         _attention(causal=True, s=1024, d=256),
         _attention(causal=True, s=1024, d=192, dv=128),
         _attention(causal=True, s=777, dtype=F32),
         _attention(causal=True, s=1, t=2000),
+    ],
+    "attention_features": [
         _attention("sinks", causal=True, window_size=(255, 0), g=2),
         _attention("alibi", causal=True, softcap=20.0),
         _attention("bias", s=1000),
         _attention("mask", s=1000),
         _attention("used keys", s=1000),
         _attention(causal=True, dropout_p=0.2, s=1000),
-        _varlen(BF16, 64, 0, causal=True),
-        _varlen(BF16, 128, 100, causal=True),
-        _sdpa(BF16, False),
-        _sdpa(F16, True),
     ],
     "decode": [
         _decode("", BF16, 4, 8192, 1, 32, 8, 128),
