@@ -266,7 +266,10 @@ def broadcast(tensor: Tensor | None, x: Inputs) -> Tensor | None:
 
 
 def strides4(tensor: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0, 0) if tensor is None else tensor.stride()
+    """(batch, head, row, column) strides, 0 where there is one, as `strides`."""
+    if tensor is None:
+        return (0, 0, 0, 0)
+    return tuple(stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride()))
 
 
 def slope_stride(x: Inputs) -> int:
