@@ -63,11 +63,6 @@ def grid_x(programs: int) -> tuple[int]:
     return (programs,)
 
 
-def dense(tensor: Tensor | None) -> Tensor | None:
-    """A small tensor as kernels read it, one number after the other: itself, or a copy of what is strided or expanded."""
-    return None if tensor is None else tensor.contiguous()
-
-
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """The tensor's GPU as the current one: Triton launches there."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

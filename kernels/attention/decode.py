@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import GRID_X, architecture, cdiv, dense, device_of, grid_x, multiprocessors
+from .._launch import GRID_X, architecture, cdiv, device_of, grid_x, multiprocessors
 from .config import padded
 from .forward import NO_LIMIT, contiguous_rows, exponent_factor, strides
 from .kvcache import MAX_SPLITS, CacheInputs
@@ -477,13 +477,15 @@ def splits_for(programs: int, blocks: int, slots: int) -> int:
     return min(range(1, max(1, min(blocks, MAX_SPLITS)) + 1), key=time)
 
 
+_VECTORS = ("rotary_cos", "rotary_sin", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "alibi_slopes", "s_aux")
+
+
 def _dense_vectors(x: CacheInputs) -> CacheInputs:
     """The same problem with its small tensors as the kernels read them."""
-    names = ("rotary_cos", "rotary_sin", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "alibi_slopes", "s_aux")
-    copies: dict[str, Any] = {name: dense(getattr(x, name)) for name in names}
+    copies: dict[str, Any] = {name: tensor.contiguous() for name in _VECTORS if (tensor := getattr(x, name)) is not None}
     if x.block_table is not None:
         copies["block_table"] = contiguous_rows(x.block_table)
-    return x if all(getattr(x, name) is copy for name, copy in copies.items()) else replace(x, **copies)
+    return replace(x, **copies) if any(getattr(x, name) is not copy for name, copy in copies.items()) else x
 
 
 def forward(x: CacheInputs) -> tuple[Tensor, Tensor]:

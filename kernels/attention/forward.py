@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import cdiv, dense, device_of, grid_x, multiprocessors
+from .._launch import cdiv, device_of, grid_x, multiprocessors
 from . import config
 from .reference import Inputs
 from .tile import (
@@ -246,7 +246,9 @@ def contiguous_rows(tensor: Tensor) -> Tensor:
 def strides(tensor: Tensor) -> tuple[int, ...]:
     """(batch, position, head) strides; 0 for the batch of packed sequences. That of a dimension of size 1 may be any number in
     PyTorch, and a kernel would be compiled for each kind: here it is 0."""
-    of = tuple(stride if size > 1 else 0 for size, stride in zip(tensor.shape[:-1], tensor.stride()))
+    of = tensor.stride()[:-1]
+    if 1 in tensor.shape:
+        of = tuple(stride if size > 1 else 0 for size, stride in zip(tensor.shape, of))
     return of if len(of) == 3 else (0, *of)
 
 
@@ -324,11 +326,13 @@ def block_lists(
     return index, count, heads * n_rows if batch > 1 else 0, n_rows if heads > 1 else 0, max(n_columns, 1)
 
 
+_VECTORS = ("alibi_slopes", "s_aux", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "seed")
+
+
 def dense_vectors(x: Inputs) -> Inputs:
     """The same problem with its small tensors as the kernels read them."""
-    names = ("alibi_slopes", "s_aux", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "seed")
-    copies: dict[str, Any] = {name: dense(getattr(x, name)) for name in names}
-    return x if all(getattr(x, name) is copies[name] for name in names) else replace(x, **copies)
+    copies: dict[str, Any] = {name: tensor.contiguous() for name in _VECTORS if (tensor := getattr(x, name)) is not None}
+    return replace(x, **copies) if any(getattr(x, name) is not copy for name, copy in copies.items()) else x
 
 
 def launch_clear_tails(x: Inputs, q: Tensor, lse: Tensor | None, k: Tensor | None = None, v: Tensor | None = None) -> None:
