@@ -52,9 +52,9 @@ def _filtered_product(
 ):
     """C (+)= A B, skipping tiles of A whose flags are all zero: one flag for FLAG_M x FLAG_K numbers of A. A goes on, with
     zeros, to multiples of PADDED_M and PADDED_K."""
-    # One dimension of programs, since another one ends at 65,535.
-    m_tiles = tl.cdiv(m_end, BLOCK_M)
-    m0, n0 = tl.program_id(0) % m_tiles * BLOCK_M, tl.program_id(0) // m_tiles * BLOCK_N
+    # One dimension of programs, since another one ends at 65,535. Those that read the same rows of A follow each other.
+    n_tiles = tl.cdiv(n_end, BLOCK_N)
+    m0, n0 = tl.program_id(0) // n_tiles * BLOCK_M, tl.program_id(0) % n_tiles * BLOCK_N
     m, n = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
     m64 = m.to(tl.int64)
     flag_m = m0 // FLAG_M + tl.arange(0, BLOCK_M // FLAG_M)

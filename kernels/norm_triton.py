@@ -286,7 +286,7 @@ def _backward(
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for t in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), num_stages=STAGES):
         # From the last row to the first: what the ops before this one wrote last is still in the L2 cache.
-        i0 = (n_tiles - 1 - t).to(tl.int64) * BLOCK_M
+        i0 = (n_tiles - t).to(tl.int64) * BLOCK_M - BLOCK_M
         i = i0 + tl.arange(0, BLOCK_M)
         rows = _rows(i, n_rows, BLOCK_M)
         inside = rows[:, None] & columns[None, :]
