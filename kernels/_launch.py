@@ -18,8 +18,7 @@ from ._interpreter import repair
 if triton.knobs.runtime.interpret:
     repair()  # here, because whatever launches a kernel imports this module
 
-GRID_X = 2**31 - 1  # CUDA's limits on the first dimension of a grid
-GRID_YZ = 65_535  # and on the second and the third
+GRID_X = 2**31 - 1  # CUDA's limit on the first dimension of a grid; the second and the third end at 65,535
 
 
 def cdiv(a: int, b: int) -> int:
