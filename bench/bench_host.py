@@ -40,7 +40,7 @@ OPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "scaled_dot_product_attention": (MODES, ("SDPA",)),
     "kvcache append + decode": (MODES[:1], ("two slices, SDPA",)),
     "swiglu": (MODES, ("F.silu(a) * b",)),
-    "apply_rotary_emb": (MODES, ("plain PyTorch",)),
+    "apply_rotary_emb": (MODES, ("chunk, products, cat",)),
     "cross_entropy": (MODES, ("F.cross_entropy",)),
     "linear_cross_entropy": (MODES, ("F.linear, F.cross_entropy",)),
     "AdamW step": (MODES[:1], ("torch.optim.AdamW(fused)",)),
