@@ -488,13 +488,9 @@ EXCEPTIONS = {
 }
 _WORDS = "dropout's words beside a row, its sums and its gradient: a few values for each row, which L1 holds"
 EXCEPTIONS |= {
-    Spill("_backward", arch, case): _WORDS
-    for arch in ARCHITECTURES
-    for case in ("norm bfloat16 5120 everything", "rms_norm bfloat16 16384 everything")
-} | {
-    Spill("_backward", 80, "layer_norm bfloat16 64 everything"): _WORDS,
+    **{Spill("_backward", arch, "norm bfloat16 5120 everything"): _WORDS for arch in (80, 90, 100, 120)},
+    **{Spill("_backward", arch, "rms_norm bfloat16 16384 everything"): _WORDS for arch in ARCHITECTURES},
     Spill("_backward", 100, "layer_norm bfloat16 8192 everything"): _WORDS,
-    Spill("_backward", 100, "layer_norm float32 5120 everything"): _WORDS,
     Spill("_backward", 120, "layer_norm float32 5120 everything"): _WORDS,
 }
 

@@ -36,6 +36,7 @@ from .tile import (
     load_tile,
     modified_scores,
     nth_masked,
+    of_head,
     seen,
     sequence,
     sixteens,
@@ -165,8 +166,8 @@ def _dq(
             if not TMA:
                 k_base = K + b64 * stride_kb + g64 * stride_kh + k_start * stride_kt
                 v_base = V + b64 * stride_vb + g64 * stride_vh + k_start * stride_vt
-            bias = Bias + b64 * stride_bias_b + h64 * stride_bias_h if Bias is not None else None
-            mask = Mask + b64 * stride_mask_b + h64 * stride_mask_h if Mask is not None else None
+            bias = of_head(Bias, b64, h64, stride_bias_b, stride_bias_h, ALIGNED) if Bias is not None else None
+            mask = of_head(Mask, b64, h64, stride_mask_b, stride_mask_h, ALIGNED) if Mask is not None else None
             slope = tl.load(Slopes + b64 * stride_slope_b + h) if Slopes is not None else None
             seed_key = tl.load(Seed) if DROPOUT else 0
             seed_counter = tl.load(Seed + 1).to(tl.uint32) if DROPOUT else 0
@@ -352,8 +353,8 @@ def _dkdv(
                     q_base = Q + b64 * stride_qb + h64 * stride_qh + q_start * stride_qs
                     do_base = DOut + b64 * stride_dob + h64 * stride_doh + q_start * stride_dos
                 row_base = b64 * stride_lb + h64 * stride_lh + q_start
-                bias = Bias + b64 * stride_bias_b + h64 * stride_bias_h if Bias is not None else None
-                mask = Mask + b64 * stride_mask_b + h64 * stride_mask_h if Mask is not None else None
+                bias = of_head(Bias, b64, h64, stride_bias_b, stride_bias_h, ALIGNED) if Bias is not None else None
+                mask = of_head(Mask, b64, h64, stride_mask_b, stride_mask_h, ALIGNED) if Mask is not None else None
                 slope = tl.load(Slopes + b64 * stride_slope_b + h) if Slopes is not None else None
                 bh = (b * heads + h).to(tl.uint32)
                 n_full = full_last - full_first
@@ -522,8 +523,8 @@ def _dbias(
             h64 = h.to(tl.int64)
             g64 = (h // group).to(tl.int64)
             slope = tl.load(Slopes + b64 * stride_slope_b + h) if Slopes is not None else None
-            bias = Bias + b64 * stride_bias_b + h64 * stride_bias_h
-            mask = Mask + b64 * stride_mask_b + h64 * stride_mask_h if Mask is not None else None
+            bias = of_head(Bias, b64, h64, stride_bias_b, stride_bias_h, ALIGNED)
+            mask = of_head(Mask, b64, h64, stride_mask_b, stride_mask_h, ALIGNED) if Mask is not None else None
             bh = (b * heads + h).to(tl.uint32)
             for later_s in range(0, n_q_tiles if ONE_S else 1):
                 i0 = (of_s + later_s) * BLOCK_M
@@ -564,7 +565,7 @@ def _dbias(
                         kept = kept_by_dropout(seed_key, seed_counter, bh, i0, j0, threshold, BLOCK_M, BLOCK_N)
                         dp = tl.where(kept, dp * keep_scale, 0.0)
                     total += p * (dp - delta[:, None])
-    dbias = DBias + b_first.to(tl.int64) * stride_dbias_b + h_first.to(tl.int64) * stride_dbias_h
+    dbias = of_head(DBias, b_first.to(tl.int64), h_first.to(tl.int64), stride_dbias_b, stride_dbias_h, ALIGNED and not ONE_T)
     i = of_s * BLOCK_M + tl.arange(0, BLOCK_M)
     j = of_t * BLOCK_N + tl.arange(0, BLOCK_N)
     i_ptrs = i.to(tl.int64) * stride_dbias_s

@@ -25,6 +25,7 @@ from .tile import (
     load_tile,
     modified_scores,
     nth_masked,
+    of_head,
     seen,
     sequence,
     sixteens,
@@ -134,8 +135,8 @@ def _forward(
             if not TMA:
                 k_base = K + b64 * stride_kb + g64 * stride_kh + k_start * stride_kt
                 v_base = V + b64 * stride_vb + g64 * stride_vh + k_start * stride_vt
-            bias = Bias + b64 * stride_bias_b + h64 * stride_bias_h if Bias is not None else None
-            mask = Mask + b64 * stride_mask_b + h64 * stride_mask_h if Mask is not None else None
+            bias = of_head(Bias, b64, h64, stride_bias_b, stride_bias_h, ALIGNED) if Bias is not None else None
+            mask = of_head(Mask, b64, h64, stride_mask_b, stride_mask_h, ALIGNED) if Mask is not None else None
             slope = tl.load(Slopes + b64 * stride_slope_b + h) if Slopes is not None else None
             seed_key = tl.load(Seed) if DROPOUT else 0
             seed_counter = tl.load(Seed + 1).to(tl.uint32) if DROPOUT else 0
@@ -291,14 +292,20 @@ def numbers(x: Inputs) -> tuple[float, ...]:
     return factor, x.softmax_scale, x.softcap or 1.0, left, right, threshold, 1 / (1 - x.dropout_p)
 
 
+def aligned(x: Inputs) -> bool:
+    """Whether rows of the bias and of the mask are read in vectors: as long as 16 numbers or a multiple, and as far apart."""
+    given = [tensor for tensor in (x.bias, x.mask) if tensor is not None]
+    apart = [stride for tensor in given for size, stride in zip(tensor.shape[:-1], tensor.stride()) if size > 1]
+    return bool(given) and x.lengths[1] % 16 == 0 and all(stride % 16 == 0 for stride in apart)
+
+
 def constants(x: Inputs) -> dict[str, object]:
-    """What is compiled in for a problem, besides the blocks. ALIGNED: the rows of a bias or mask are read in vectors."""
+    """What is compiled in for a problem, besides the blocks."""
     d, dv = x.q.shape[-1], x.v.shape[-1]
-    aligned = (x.bias is not None or x.mask is not None) and x.lengths[1] % 16 == 0
     return {
         "D": d, "DV": dv, "BLOCK_D": config.padded(d), "BLOCK_DV": config.padded(dv), "LEFT": x.window_left >= 0,
         "RIGHT": x.window_right >= 0, "TOP_LEFT": x.top_left, "SOFTCAP": x.softcap > 0, "DROPOUT": x.dropout_p > 0,
-        "PRECISION": config.precision(x.q.dtype), "ALIGNED": aligned,
+        "PRECISION": config.precision(x.q.dtype), "ALIGNED": aligned(x),
     }  # fmt: skip
 
 
@@ -320,7 +327,7 @@ def block_lists(
     count = torch.empty(batch * heads * n_rows, 2, dtype=torch.int32, device=mask.device)
     block_list[grid_x(batch * heads * n_rows)](
         mask, x.seqused_k, index, count, stride_b, stride_h, stride_r, stride_c, heads, s, t, n_rows, max(n_columns, 1), left,
-        right, ALIGNED=x.lengths[1] % 16 == 0, USED_ROWS=transposed, TOP_LEFT=x.top_left, LEFT=left >= 0, RIGHT=right >= 0,
+        right, ALIGNED=aligned(x), USED_ROWS=transposed, TOP_LEFT=x.top_left, LEFT=left >= 0, RIGHT=right >= 0,
         ROWS=rows, COLUMNS=columns, num_warps=4,
     )  # fmt: skip
     return index, count, heads * n_rows if batch > 1 else 0, n_rows if heads > 1 else 0, max(n_columns, 1)

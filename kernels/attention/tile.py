@@ -13,7 +13,8 @@ import triton.language as tl
 CHANGING = (
     "batch", "heads", "group", "groups", "n_heads", "n_q", "n_k", "n_rows", "n_columns", "n_column_tiles", "n_row_tiles",
     "n_q_tiles", "n_k_tiles", "n_tiles", "n_work", "section", "left", "right", "threshold", "stride_lb", "stride_lh",
-    "stride_slope_b", "stride_index_b", "stride_index_h", "index_end", "q_tokens", "k_tokens",
+    "stride_slope_b", "stride_index_b", "stride_index_h", "index_end", "q_tokens", "k_tokens", "stride_bias_b",
+    "stride_bias_h", "stride_mask_b", "stride_mask_h", "stride_dbias_b", "stride_dbias_h",
 )  # fmt: skip
 
 
@@ -21,6 +22,15 @@ CHANGING = (
 def sixteens(n):
     """A multiple of 16 that the compiler knows to be one: what is masked by it may be read in vectors."""
     return n // 16 * 16
+
+
+@triton.jit
+def of_head(X, b, h, stride_b, stride_h, ALIGNED: tl.constexpr):
+    """Where a head's part of a bias or mask begins. ALIGNED: its strides are multiples of 16, and that is as the compiler is to
+    know it."""
+    if ALIGNED:
+        stride_b, stride_h = sixteens(stride_b), sixteens(stride_h)
+    return X + b * stride_b + h * stride_h
 
 
 @triton.jit
@@ -219,7 +229,8 @@ def block_list(
     row = bh.to(tl.int64) * n_row_tiles + tile
     out = row * n_column_tiles
     r = r0 + tl.arange(0, ROWS)
-    base = Mask + b.to(tl.int64) * stride_mask_b + h.to(tl.int64) * stride_mask_h + r.to(tl.int64)[:, None] * stride_mask_r
+    base = of_head(Mask, b.to(tl.int64), h.to(tl.int64), stride_mask_b, stride_mask_h, ALIGNED)
+    base += r.to(tl.int64)[:, None] * stride_mask_r
     partial, full = 0, 0
     for t in range(first, last):
         c = t * COLUMNS + tl.arange(0, COLUMNS)
