@@ -5,59 +5,23 @@ It runs in a process of its own, because tests run where Triton interprets: `pyt
 
 from __future__ import annotations
 
-import collections
 import json
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "0"  # what is imported next would otherwise ask for the interpreter
+from bench import fake_gpu
 
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
-from wikigpt.kernels.attention import decode
-from wikigpt.kernels.attention.backward import backward
-from wikigpt.kernels.attention.forward import forward
-from wikigpt.kernels.attention.kvcache import CacheInputs
-from wikigpt.kernels.attention.reference import Inputs
+recorder = fake_gpu.install(90, "none")  # before what it fakes is imported
 
-from tests.attention_cases import build
+import torch  # noqa: E402
+from wikigpt.kernels.attention import decode  # noqa: E402
+from wikigpt.kernels.attention.backward import backward  # noqa: E402
+from wikigpt.kernels.attention.forward import forward  # noqa: E402
+from wikigpt.kernels.attention.kvcache import CacheInputs  # noqa: E402
+from wikigpt.kernels.attention.reference import Inputs  # noqa: E402
 
-counts: collections.Counter[str] = collections.Counter()
-
-
-class Device:
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-
-class Kernel:
-    function = 0
-    packed_metadata = ()
-
-    def launch_metadata(self, *args: Any) -> None:
-        return None
-
-    def run(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-
-def _compile(self: Any, key: Any, signature: Any, device: Any, *args: Any) -> Kernel:
-    counts[self.fn.__name__] += 1
-    self.device_caches[device][0][key] = kernel = Kernel()
-    return kernel
+from tests.attention_cases import build  # noqa: E402
 
 
 def attend(x: Inputs) -> None:
@@ -154,13 +118,11 @@ SWEEPS: dict[str, Callable[[], None]] = {
 
 
 def main() -> None:
-    driver.set_active(Device())
-    JITFunction._do_compile = _compile
     result = {}
     for name in sys.argv[1:]:
-        counts.clear()
+        recorder.compiled.clear()
         SWEEPS[name]()
-        result[name] = dict(counts)
+        result[name] = {kernel.rpartition(".")[2]: count for kernel, count in recorder.compiled.items()}
     json.dump(result, sys.stdout)
 
 
