@@ -17,7 +17,7 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,11 +53,12 @@ Evaluate = Callable[["Draw"], dict[str, tuple[Tensor, Tensor, Tensor]]]
 
 
 class Draw:
-    """Fresh random numbers on the device, and which of two sizes is asked for."""
+    """Fresh random numbers on the device (or those of a seed, to repeat a case), and which of two sizes is asked for."""
 
-    def __init__(self, device: str, small: bool):
+    def __init__(self, device: str, small: bool, seed: int | None = None):
         self.device, self.small = device, small
-        self.rng = torch.Generator(device).manual_seed(int.from_bytes(os.urandom(4), "little"))
+        self.seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
+        self.rng = torch.Generator(device).manual_seed(self.seed)
 
     def size(self, real: int, small: int) -> int:
         return small if self.small else real
@@ -78,6 +79,13 @@ class Case:
 Build = Callable[
     [Draw], tuple[dict[str, Tensor], Callable[..., Any]]
 ]  # inputs with gradients, and (backend, **inputs) -> results
+
+
+def poison(tensors: Iterable[Tensor]) -> None:
+    """Leave NaN in memory of these sizes, which is given back at once: results will lie in it."""
+    for tensor in tensors:
+        blocks = [torch.full_like(tensor, torch.nan) for _ in range(3)]
+        del blocks
 
 
 def by_backend(text: str, dtype: torch.dtype, build: Build, backward: bool = True) -> Case:
@@ -104,8 +112,7 @@ def by_backend(text: str, dtype: torch.dtype, build: Build, backward: bool = Tru
         grads: list[Tensor] = []
         truth = run(inputs, call, "reference", True, grads)
         plain = run(inputs, call, "reference", False, grads)
-        for x in inputs.values():
-            _ = [torch.full_like(x, torch.nan) for _ in range(3)]  # given back at once, for results to lie in
+        poison(inputs.values())
         ours = run(inputs, call, None, False, grads)
         again = run(inputs, call, None, False, grads)
         moved = [name for name in ours if not torch.equal(ours[name], again[name])]
@@ -523,8 +530,9 @@ def run(op: str, first: int, draw: Callable[[], Draw], journal: records.Journal 
     for number, case in enumerate(CASES[op][first:], first):
         begin = time.perf_counter()
         broken = False
+        numbers = draw()
         try:
-            verdict = judge(case.evaluate(draw()))
+            verdict = judge(case.evaluate(numbers))
         except Exception as error:  # whatever a compiler or a driver says of a case, the next one is to be heard as well
             text = (str(error).strip().splitlines() or [""])[0]
             verdict = Verdict({}, [f"{type(error).__name__}: {text}"])
@@ -534,11 +542,12 @@ def run(op: str, first: int, draw: Callable[[], Draw], journal: records.Journal 
         seconds = time.perf_counter() - begin
         ok = not verdict.wrong
         right &= ok
-        said = "ok" if ok else "FAIL: " + "; ".join(verdict.wrong)
+        said = "ok" if ok else f"FAIL: {'; '.join(verdict.wrong)}; --seed {numbers.seed}"
         at = f"{op}, small" if args.sizes == "smoke" else op
         print(f"| {at}: {case.text}: {verdict}{': ' if verdict.errors else ''}{said} ({seconds:.1f} s)", flush=True)
         if journal is not None:
-            entry = {"group": op, "name": case.text, "ok": ok, "errors": verdict.errors, "seconds": round(seconds, 2)}
+            entry = {"group": op, "name": case.text, "ok": ok, "errors": verdict.errors, "seed": numbers.seed}
+            entry["seconds"] = round(seconds, 2)
             journal.add(f"verdict/{op}", "row", **entry, **({} if ok else {"wrong": "; ".join(verdict.wrong)}))
         if broken:
             print(f"| {op}: the device is lost to this process; a new one goes on", flush=True)
@@ -558,11 +567,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sizes", choices=("smoke", "check", "default"), default="default")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--journal", type=Path, action="append", default=[])
+    parser.add_argument("--seed", type=int, help="of the random inputs: that of a case which was wrong")
     parser.add_argument("--from", type=int, default=0, dest="first", help=argparse.SUPPRESS)
     parser.add_argument("--failed", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     journal = records.Journal(*args.journal) if args.journal else None
-    draw = functools.partial(Draw, args.device, args.sizes == "smoke")
+    draw = functools.partial(Draw, args.device, args.sizes == "smoke", args.seed)
     right = not args.failed
     for i, op in enumerate(args.ops):
         first = args.first if i == 0 else 0
