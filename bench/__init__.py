@@ -5,6 +5,17 @@ from __future__ import annotations
 
 import os
 
+# What PyTorch, Triton and the driver say when nothing on the device works any more in this process.
+_LOST = ("CUDA error", "Triton Error [CUDA]", "an illegal memory access", "device-side assert", "unspecified launch failure")
+
+
+LOST_DEVICE = 8  # exit code: a new process can go on with what comes after
+
+
+def device_is_lost(error: object) -> bool:
+    return any(word in str(error) for word in _LOST)
+
+
 FAKE = bool(os.environ.get("WIKIGPT_FAKE_GPU"))
 if FAKE:
     from .fake_gpu import install_if_asked

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from . import machine, records
+from . import LOST_DEVICE, machine, records
 from .suite import Measure, Report, entry_of
 from .tables import print_tables
 from .timing import copy_ceiling, matmul_ceiling
@@ -104,7 +104,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not paths or not config.getoption("--skip-finished"):
         return
     part = records.fold(records.read_lines(paths[0])).get(config.getoption("--part"), {"rows": []})
-    finished = {(row["case"], row["name"]) for row in part["rows"] if row.get("case")}
+    # A wrong row is measured again, unless it has cost a process its device.
+    finished = {
+        (row["case"], row["name"]) for row in part["rows"] if row.get("case") and (not row.get("wrong") or row.get("lost"))
+    }
     groups: dict[str, list[pytest.Item]] = {}
     for item in items:
         groups.setdefault(str(key_of(item)), []).append(item)
@@ -124,7 +127,9 @@ UNFINISHED = 7  # exit code: the time limit left something out
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    if _report.late and session.config.getoption("--journal"):
+    if exitstatus == LOST_DEVICE:
+        session.exitstatus = LOST_DEVICE
+    elif _report.late and session.config.getoption("--journal"):
         session.exitstatus = UNFINISHED
     elif exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and session.config.getoption("--skip-finished"):
         session.exitstatus = pytest.ExitCode.OK  # everything was finished before

@@ -72,7 +72,7 @@ def build(args: Arguments) -> dict[str, Any]:
 SMOKE_RUN = ["n_layer=2", "n_embd=32", "n_head=2", "context_length=64", "data.vocab_size=512", "log_interval=5"]
 # name -> backend, torch.compile, the whole step as one CUDA graph
 VARIANTS = {"ours": ("auto", False, True), "sdpa-compile": ("torch", True, False)}
-SECONDS = 30.0  # of training, the same for all: compilation and evaluation are not counted
+SECONDS = 20.0  # of training, the same for all: compilation and evaluation are not counted
 
 
 def wikitext(args: Arguments, name: str) -> dict[str, Any]:

@@ -15,11 +15,10 @@ from typing import Any
 
 import pytest
 
-from . import records
+from . import device_is_lost, records
 
 # Files whose every test runs where there is a GPU say so by this name.
 DEVICE = "DEVICE"
-LOST = ("CUDA error", "an illegal memory access", "device-side assert")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,12 +29,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Hands(config), "wikigpt-gpu-tests-hands")
     config.pluginmanager.register(Follower(config), "wikigpt-gpu-tests")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     big = config.getoption("--gpu-tests") == "big"
-    passed = _passed(config)
+    # Workers that start later have to collect what the first ones did, so the controller looks once.
+    passed = set(config.workerinput["passed"]) if hasattr(config, "workerinput") else _passed(config)
 
     def wanted(item: pytest.Item) -> bool:
         marks = {mark.name for mark in item.iter_markers()}
@@ -61,6 +63,16 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         session.exitstatus = pytest.ExitCode.OK  # all have passed before
 
 
+class Hands:
+    """With xdist alone: what the controller knows goes to every worker."""
+
+    def __init__(self, config: pytest.Config):
+        self.passed = sorted(_passed(config))
+
+    def pytest_configure_node(self, node: Any) -> None:
+        node.workerinput["passed"] = self.passed
+
+
 class Follower:
     def __init__(self, config: pytest.Config):
         self.config = config
@@ -80,7 +92,7 @@ class Follower:
         self._enter(nodeid, "running")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.lost |= report.failed and any(word in report.longreprtext for word in LOST)
+        self.lost |= report.failed and device_is_lost(report.longreprtext)
         if report.when != "call" and report.passed:
             return
         outcome = {"passed": "passed", "skipped": "skipped"}.get(report.outcome, "failed")

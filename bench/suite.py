@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tests.conftest import assert_as_accurate_as
 
-from . import FAKE
+from . import FAKE, LOST_DEVICE, device_is_lost
 from .timing import Samples, copy_ceiling, matmul_ceiling, peak_bytes, take_turns
 
 Function = Callable[..., Any]
@@ -188,8 +188,8 @@ def guarded(row: Row, act: Callable[[], Any]) -> Any:
         row.wrong = f"{row.name} gives a wrong result for {row.group}: {error}"
     except Exception as error:  # of compilers too, and of packages that nobody here has seen
         first = (str(error).strip().splitlines() or [""])[0]
-        if "CUDA error" in first:
-            raise  # after it nothing on the device works
+        if device_is_lost(error):
+            raise
         if ours(row.name):
             row.wrong = f"{row.name} fails for {row.group}: {type(error).__name__}: {first}"
         else:
@@ -300,6 +300,8 @@ class Measure:
                 self.report.groups[key] = measure(self.report.chosen[key])
             except Exception as error:
                 self.report.errors[key] = f"{type(error).__name__}: {error}"
+                if device_is_lost(error):
+                    self.report.device_is_lost(str(key), self.report.chosen[key], self.report.errors[key])
                 raise
             gc.collect()
             if self.device == "cuda":
@@ -334,6 +336,14 @@ class Report:
     # Where a row is written: one that may be measured further, or with the name of its case one that is finished.
     journal: Callable[..., None] = lambda row, case="": None
     say: Callable[[str], None] = lambda line: None  # where a line for a person goes
+
+    def device_is_lost(self, case: str, names: list[str], error: str) -> None:
+        """No row can be measured in this process any more: one that goes on is to leave this group out."""
+        for name in names:
+            row = Row(case, "", name, wrong=f"the device was lost: {error}", info={"lost": True})
+            self.journal(row, case)
+        self.say(f"WRONG: {case}: {error}")
+        pytest.exit("the device is lost to this process", LOST_DEVICE)
 
     def group_is_done(self, case: str, rows: Mapping[str, Row]) -> None:
         """Rows to the journal, and one line to whoever looks on."""

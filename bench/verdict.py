@@ -41,10 +41,11 @@ from wikigpt.kernels import (
     scaled_dot_product_attention,
     swiglu,
 )
+from wikigpt.kernels._dispatch import extension_lacks
 
 from wikigpt import kernels
 
-from . import FAKE, records
+from . import FAKE, device_is_lost, records
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 Results = dict[str, Tensor]
@@ -294,7 +295,7 @@ def _cross_entropy(dtype: torch.dtype, n: int, vocabulary: int, **options: Any) 
         rows, v = draw.size(n, 9), draw.size(vocabulary, 501)
         target = _targets(draw, rows, v)
         return {"logits": 3 * draw.normal(rows, v, dtype=dtype)}, lambda backend, logits: cross_entropy(
-            logits, target, **options, backend=backend
+            logits, target, **options, reduction="sum", backend=backend
         )
 
     return by_backend(", ".join([*(f"{k} {v}" for k, v in options.items()), f"{n} x {vocabulary}"]), dtype, build)
@@ -310,13 +311,21 @@ def _linear_cross_entropy(dtype: torch.dtype, n: int, d: int, vocabulary: int, b
         }
         if bias:
             inputs["linear_bias"] = draw.normal(v, dtype=dtype)
-        return inputs, lambda backend, **x: linear_cross_entropy(**x, target=target, **options, backend=backend)
+        return inputs, lambda backend, **x: linear_cross_entropy(
+            **x, target=target, **options, reduction="sum", backend=backend
+        )
 
     words = ["with bias" if bias else "", *(f"{k} {v}" for k, v in options.items()), f"{n} x {d} x {vocabulary}"]
     return by_backend(", ".join(filter(None, words)), dtype, build)
 
 
 # --- optimizer, sampling, the model -------------------------------------------------------------------------------------
+
+
+def needs_extension(draw: Draw, operator: str) -> None:
+    """Without csrc/ PyTorch's operators stand in, and what is right is not ours."""
+    reason = None if draw.device == "cpu" or FAKE else extension_lacks("cuda", operator)
+    assert reason is None, reason
 
 
 def _optimizer(text: str, dtype: torch.dtype, **options: Any) -> Case:
@@ -339,6 +348,7 @@ def _optimizer(text: str, dtype: torch.dtype, **options: Any) -> Case:
                 optimizer.step()
             return [p.detach() for p in params]
 
+        needs_extension(draw, "adamw_")
         clip = options.get("max_grad_norm")
         ours = run(lambda p: FusedAdamW(p, **common, **options), None, dtype)
         with kernels.backend("reference"):
@@ -356,7 +366,8 @@ def _sampling(rows: int, vocabulary: int, **filters: Any) -> Case:
         from tests.test_sampling import assert_drawn_from, kept_probabilities
 
         v = draw.size(vocabulary, 30)
-        logits = draw.normal(v)
+        logits = draw.normal(v).clamp(-2.5, 2.5)  # no token so rare that the test has nothing to count
+        needs_extension(draw, "sample_rows")
         p = kept_probabilities(logits.cpu(), 0.8, **filters)
         ids = sample(logits.expand(draw.size(rows, 20_000), -1).contiguous(), 0.8, **filters)
         if not FAKE:
@@ -517,11 +528,22 @@ def judge(results: dict[str, tuple[Tensor, Tensor, Tensor]]) -> Verdict:
             continue
         ours_error, plain_error = (float((x.double() - truth).abs().max()) for x in (ours, plain))
         most = float(truth.abs().max())
-        allowed = 2 * plain_error + torch.finfo(ours.dtype).eps / 4 * most + 32 * torch.finfo(F32).eps
+        allowed = 2 * plain_error + torch.finfo(ours.dtype).eps / 4 * most + 32 * torch.finfo(F32).eps * min(1.0, most)
         verdict.errors[name] = (ours_error, plain_error, allowed)
         if not ours_error <= allowed:  # NaN too
             verdict.wrong.append(f"{name} is off by {ours_error:.2e}, allowed {allowed:.2e}")
     return verdict
+
+
+def with_memory(act: Callable[[], Any]) -> Any:
+    """What `act` gives; other processes hold memory of the same GPU for a while, so it may try twice."""
+    try:
+        return act()
+    except torch.OutOfMemoryError:
+        gc.collect()
+        torch.cuda.empty_cache()
+        time.sleep(10)
+        return act()
 
 
 def run(op: str, first: int, draw: Callable[[], Draw], journal: records.Journal | None, args: argparse.Namespace) -> bool:
@@ -532,11 +554,13 @@ def run(op: str, first: int, draw: Callable[[], Draw], journal: records.Journal 
         broken = False
         numbers = draw()
         try:
-            verdict = judge(case.evaluate(numbers))
+            verdict = judge(with_memory(functools.partial(case.evaluate, numbers)))
+            if args.device == "cuda":
+                torch.cuda.synchronize()  # an error of the device is this case's
         except Exception as error:  # whatever a compiler or a driver says of a case, the next one is to be heard as well
             text = (str(error).strip().splitlines() or [""])[0]
             verdict = Verdict({}, [f"{type(error).__name__}: {text}"])
-            broken = "CUDA error" in str(error) or "device-side" in str(error)
+            broken = device_is_lost(error)
         if FAKE:  # it computes nothing; what fails on the way to the launch fails here too
             verdict.wrong = [reason for reason in verdict.wrong if "is off by" not in reason]
         seconds = time.perf_counter() - begin
@@ -556,7 +580,7 @@ def run(op: str, first: int, draw: Callable[[], Draw], journal: records.Journal 
             files = [f"--journal={path}" for path in args.journal]
             os.execv(sys.executable, [sys.executable, "-m", "bench.verdict", *left, *options, *files])
         gc.collect()
-        if torch.cuda.is_available():
+        if args.device == "cuda":
             torch.cuda.empty_cache()
     return right
 

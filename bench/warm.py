@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import gc
 import importlib
 import os
 import subprocess
@@ -81,6 +82,8 @@ def compile_share(sizes: str, part: int, parts: int) -> None:
                 print(f"{name}: {type(error).__name__}: {error}", flush=True)
             else:
                 print(f"{name}: {time.perf_counter() - begin:.1f} s", flush=True)
+            gc.collect()
+            torch.cuda.empty_cache()  # others need the memory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

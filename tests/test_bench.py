@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import bench_training, suite
+from bench import LOST_DEVICE, bench_training, records, suite
 from bench.suite import Peer, Problem, measure_group, plain
 from bench.timing import take_turns
 from tests.conftest import ROOT
@@ -145,3 +145,41 @@ def test_a_graph_that_was_not_captured_is_a_wrong_row_with_a_time(monkeypatch):
     assert rows["ours"].samples is not None
     assert rows["ours, eager"].wrong is None
     assert set(written) == set(names), "each row is handed over as soon as it has three turns"
+
+
+LOSES = """
+from bench.suite import Peer, Problem, dtype_of, plain, rows
+from typing import NamedTuple
+
+class Case(NamedTuple):
+    n: int
+
+def lost(*_):
+    raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+def problem(case, device):
+    act = lost if case.n == 1 else int
+    return Problem("op", f"n {case.n}", call=lambda name, f: act, check=lambda name, f: None)
+
+@rows(lambda device, sizes: [Case(n) for n in range(3)], lambda case, device, sizes: {"ours": plain(int)})
+def test_op(measure, case, name):
+    measure(problem, case, name)
+"""
+
+
+def test_a_group_that_loses_the_device_is_told_and_a_new_process_goes_on_behind_it(tmp_path):
+    journal = tmp_path / "journal.jsonl"
+    folder = ROOT / "bench"
+    file = folder / f"lost_{os.getpid()}.py"  # only there it has the options and the fixtures of the benchmarks
+    file.write_text(LOSES)
+    command = [sys.executable, "-m", "pytest", "-q", str(file), "--sizes=smoke", "--device=cpu", "-p", "no:cacheprovider",
+               f"--journal={journal}", "--part=ops/lost", "--skip-finished", "--benchmark-quiet"]  # fmt: skip
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    try:
+        done = [subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True) for _ in range(2)]
+    finally:
+        file.unlink()
+    assert [d.returncode for d in done] == [LOST_DEVICE, 0], done[0].stdout + done[1].stdout
+    rows = records.fold(records.read_lines(journal))["ops/lost"]["rows"]
+    assert [("median" in row, row.get("lost", False)) for row in rows] == [(True, False), (False, True), (True, False)]
+    assert "illegal memory access" in rows[1]["wrong"]

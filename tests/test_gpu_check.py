@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu_check, gpu_parts, machine, records
+from bench import LOST_DEVICE, gpu_check, gpu_parts, machine, records
 from bench.gpu_check import JOURNAL, Log, Part, left_to_do, open_journal, run, run_all
 from bench.gpu_parts import summarize
 
@@ -95,7 +95,7 @@ def test_processes_that_write_at_the_same_time_mix_no_lines(tmp_path):
 
 
 def test_what_a_part_says_is_shown_and_all_that_it_prints_is_logged(journal, log, tmp_path, capsys):
-    assert run(part("a/one", "print('| 3 ms'); print('detail')"), 30, journal, log, "c0")
+    assert run(part("a/one", "print('| 3 ms'); print('detail')"), 30, journal, log, "c0") == (True, 0)
     shown, logged = capsys.readouterr().out, (tmp_path / "log").read_text()
     assert "3 ms" in shown
     assert "detail" not in shown
@@ -120,7 +120,8 @@ def test_the_time_limit_ends_a_part_and_all_that_it_started(journal, log, tmp_pa
     child = f"import time; time.sleep(3); open({str(mark)!r}, 'w')"
     start = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}])"
     begin = time.monotonic()
-    assert not run(part("a/slow", f"{start}; print('on', flush=True); time.sleep(60)"), 2, journal, log, "c0")
+    passed, _ = run(part("a/slow", f"{start}; print('on', flush=True); time.sleep(60)"), 2, journal, log, "c0")
+    assert not passed
     assert time.monotonic() - begin < 20
     found = known(journal)["a/slow"]
     assert found["error"] == "stopped after 2 s"
@@ -134,6 +135,28 @@ def test_no_part_begins_when_the_minutes_are_over(journal, log):
     failed, left = run_all([[part("a/one")], [part("a/two", limit=600)]], journal, log, "c0", 0.5)
     assert (failed, left) == ([], ["a/two"])
     assert known(journal).keys() == {"a/one"}
+
+
+def test_what_could_come_to_no_result_in_the_time_left_does_not_begin(journal, log):
+    wants = Part("wikitext/ours", 30, [sys.executable, "-c", ""], least=20)
+    assert run_all([[wants]], journal, log, "c0", 15 / 60) == ([], ["wikitext/ours"])
+    assert run_all([[wants]], journal, log, "c0", 25 / 60) == ([], [])
+
+
+def test_a_part_that_lost_its_device_goes_on_in_a_new_process_and_has_failed(journal, log, tmp_path):
+    mark = tmp_path / "mark"
+    code = (
+        f"import os, sys; p = {str(mark)!r}; there = os.path.exists(p); open(p, 'w'); sys.exit(0 if there else {LOST_DEVICE})"
+    )
+    assert run_all([[part("ops/a", code)]], journal, log, "c0", 1) == (["ops/a"], [])
+    assert known(journal)["ops/a"]["complete"], "it came to its end in the second process"
+
+
+def test_what_is_compiled_beforehand_is_not_tried_twice(journal, log):
+    stages = [[part(gpu_check.WARM, "import time; time.sleep(30)", limit=1)]]
+    run_all(stages, journal, log, "c0", 1)
+    assert not known(journal)[gpu_check.WARM]["complete"]
+    assert left_to_do(stages, known(journal), "c0", again=False) == []
 
 
 def test_a_second_call_does_what_has_not_ended_then_what_failed_and_always_builds(journal, log):
@@ -203,7 +226,7 @@ def test_the_plan_asks_first_what_is_right_then_what_is_fast_and_covers_every_be
 def test_what_answers_the_first_questions_fits_one_call_of_ten_minutes(tmp_path, monkeypatch):
     stages = stages_for_a_gpu(tmp_path, monkeypatch)
     limits = {stage[0].name: max(part.limit for part in stage) for stage in stages}
-    until = list(limits).index("wikitext/ours")
+    until = list(limits).index("training/training")
     assert sum(list(limits.values())[: until + 1]) < 9.4 * 60
 
 
@@ -296,6 +319,20 @@ def test_a_test_that_was_running_when_time_was_over_is_known(tmp_path):
     (entry,) = found["tests/gpu"]["tests"].values()
     assert entry["outcome"] == "running"
     assert any("was at test_some.py::test_hangs" in line for line in gpu_check.summary(found, found["tests/gpu"]["commit"]))
+
+
+def test_workers_that_begin_later_collect_what_the_first_did(tmp_path):
+    """A test that has passed meanwhile would be missing in their list, and tests are told to them by number."""
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\npytestmark = pytest.mark.gpu\n"
+        "def test_a(): pass\ndef test_b(): raise RuntimeError('CUDA error: an illegal memory access was encountered')\n"
+        "def test_c(): pass\ndef test_d(): pass\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n gpu: x\n")
+    done = gpu_tests(tmp_path, "-n", "1", "--skip-finished")
+    assert "INTERNALERROR" not in done.stdout + done.stderr
+    tests = records.fold(records.read_lines(tmp_path / JOURNAL))["tests/gpu"]["tests"]
+    assert [entry["outcome"] for _, entry in sorted(tests.items())] == ["passed", "failed", "passed", "passed"]
 
 
 def test_a_lost_device_ends_its_worker_and_no_other_test(tmp_path):
