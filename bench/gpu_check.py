@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import json
 import os
 import re
 import shutil
@@ -75,8 +76,7 @@ def plan(args: Arguments, journal: records.Journal) -> list[Stage]:
 
     def bench(name: str, limit: float, *names: str) -> Part:
         chosen = [f"bench/bench_{file}.py" for file in names]
-        # Groups that would begin in the last fifth of the limit are left out: a second call measures them.
-        return pytest(name, limit, *chosen, *device, f"--time-limit={0.8 * limit:.0f}", "--benchmark-quiet")
+        return pytest(name, limit, *chosen, *device, "--time-limit={time_limit:.0f}", "--benchmark-quiet")
 
     from .gpu_parts import VARIANTS
     from .verdict import CASES
@@ -166,13 +166,17 @@ class Log:
                 print(text[2:], flush=True)
 
 
-def run(part: Part, limit: float, journal: records.Journal, log: Log, commit: str) -> tuple[bool, int]:
-    """Run a part and enter how it ended; whether it passed, and its exit code."""
+def run(
+    part: Part, limit: float, journal: records.Journal, log: Log, commit: str, sizes: str = "check"
+) -> tuple[bool | None, int]:
+    """Run a part and enter how it ended. (whether it passed, None where time was over before it ended; its exit code)."""
     log.say(f"== {part.name} (at most {limit:.0f} s)")
     begin = time.monotonic()
     tail: list[str] = []
+    # Groups that would begin in the last fifth of its time are left out: a second call measures them.
+    command = [word.format(time_limit=0.8 * limit) for word in part.command]
     process = subprocess.Popen(
-        part.command, cwd=ROOT, env={**os.environ, **part.environment}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        command, cwd=ROOT, env={**os.environ, **part.environment}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True, preexec_fn=_die_with_parent,
     )  # fmt: skip
 
@@ -183,6 +187,7 @@ def run(part: Part, limit: float, journal: records.Journal, log: Log, commit: st
             tail.append(text.rstrip("\n")[:300])
             del tail[:-40]
 
+    _running.add(process)
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
     late = False
@@ -192,20 +197,31 @@ def run(part: Part, limit: float, journal: records.Journal, log: Log, commit: st
         code, late = -signal.SIGKILL, True
     finally:
         kill_group(process)
+        _running.discard(process)
     listener.join(5)
     seconds = time.monotonic() - begin
+    late |= code == UNFINISHED
     passed = code == 0 and not late
-    found: dict[str, Any] = {"commit": commit, "passed": passed, "complete": not late and code in (0, 1), "exit_code": code}
+    found: dict[str, Any] = {
+        "commit": commit,
+        "of": sizes,
+        "passed": passed,
+        "complete": not late and code in (0, 1),
+        "exit_code": code,
+    }
     found |= {"seconds": round(seconds, 1), "tail": tail[-1 if passed else -30 :], "error": None}
     if late:
-        found["error"] = f"stopped after {limit:.0f} s"
+        found["error"] = f"time was over after {min(seconds, limit):.0f} s"
     elif not passed:
         found["error"] = f"exit code {code}"
     journal.add(part.name, "end", **found)
-    shown = "" if passed or found["complete"] else "".join(f"\n     {line}" for line in tail[-12:])
-    how = "ok" if passed else f"FAILED ({found['error']})"
+    shown = "" if passed or late or found["complete"] else "".join(f"\n     {line}" for line in tail[-12:])
+    how = "ok" if passed else f"{'NOT FINISHED' if late else 'FAILED'} ({found['error']})"
     log.say(f"== {part.name}: {how} in {seconds:.0f} s{shown}")
-    return passed, code
+    return None if late else passed, code
+
+
+_running: set[subprocess.Popen[str]] = set()
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:
@@ -216,37 +232,46 @@ def kill_group(process: subprocess.Popen[str]) -> None:
 
 
 def run_all(
-    stages: Sequence[Stage], journal: records.Journal, log: Log, commit: str, minutes: float
+    stages: Sequence[Stage], journal: records.Journal, log: Log, commit: str, minutes: float, sizes: str = "check"
 ) -> tuple[list[str], list[str]]:
-    """(failed, not started). A part begins only where enough is left for a result, and has no more than what is left."""
-    deadline = time.monotonic() + 60 * minutes
+    """(failed, not finished). A part begins only where enough is left for a result, and has no more than what is left."""
+    deadline = time.monotonic() + 60 * minutes  # after Ctrl-C at once
 
     def one(part: Part) -> tuple[str, bool | None]:
         end = min(deadline, time.monotonic() + part.limit)
         if deadline - time.monotonic() <= (part.least or part.limit / 3):
             return part.name, None
-        passed, code = run(part, end - time.monotonic(), journal, log, commit)
+        passed, code = run(part, end - time.monotonic(), journal, log, commit, sizes)
         while code == LOST_DEVICE and end - time.monotonic() > 10:  # what it was at is left out from now on
-            code = run(part, end - time.monotonic(), journal, log, commit)[1]
+            code = run(part, end - time.monotonic(), journal, log, commit, sizes)[1]
         return part.name, passed
 
     verdicts: list[tuple[str, bool | None]] = []
     for stage in stages:
         with ThreadPoolExecutor(len(stage)) as pool:
-            verdicts += pool.map(one, stage)
+            try:
+                verdicts += pool.map(one, stage)
+            except KeyboardInterrupt:
+                for process in list(_running):
+                    kill_group(process)
+                deadline = 0.0
+                raise
     return [name for name, passed in verdicts if passed is False], [name for name, passed in verdicts if passed is None]
 
 
+UNFINISHED = 7  # exit code of a benchmark that has left something out for time (bench/conftest.py)
 ALWAYS = ("environment/build",)  # what a fresh machine lacks
 WARM = "environment/warm"  # worth doing once, to its end or not
 
 
-def left_to_do(stages: Sequence[Stage], known: Mapping[str, dict[str, Any]], commit: str, again: bool) -> list[Stage]:
+def left_to_do(
+    stages: Sequence[Stage], known: Mapping[str, dict[str, Any]], commit: str, again: bool, sizes: str = "check"
+) -> list[Stage]:
     """What has never come to its end at this commit, then what has and failed."""
 
     def state(part: Part) -> int:
         record = known.get(part.name, {})
-        if again or record.get("commit") != commit or part.name in ALWAYS:
+        if again or (record.get("commit"), record.get("of")) != (commit, sizes) or part.name in ALWAYS:
             return 0
         if part.name == WARM:
             return 2
@@ -258,24 +283,30 @@ def left_to_do(stages: Sequence[Stage], known: Mapping[str, dict[str, Any]], com
     return [stage for stage in chosen if stage]
 
 
-def point_to_data() -> None:
-    """The real WikiText-2 where it lies beside the repository or in it."""
-    for place in (ROOT.parent / "shared" / "data", ROOT / "shared" / "data", ROOT / ".data"):
-        if (place / "wikitext-2" / "train.txt").is_file():
-            os.environ.setdefault("WIKIGPT_DATA_DIR", str(place / "wikitext-2"))
+def point_to_data() -> str | None:
+    """The real WikiText-2 where it lies beside the repository or in it. Why what was asked for is not there, or None."""
+    given = os.environ.get("WIKIGPT_DATA_DIR")
+    if given and not Path(given).is_dir():
+        return f"WIKIGPT_DATA_DIR: {given} is no folder here"
+    places = [ROOT.parent / "shared" / "data", ROOT / "shared" / "data", ROOT / ".data"]
+    here = next((place / "wikitext-2" for place in places if (place / "wikitext-2" / "train.txt").is_file()), None)
+    if not given and here is not None:
+        os.environ["WIKIGPT_DATA_DIR"] = str(here)
+    elif not given:
+        print("WikiText-2 is not here (WIKIGPT_DATA_DIR, .data/wikitext-2): training on it will FAIL", flush=True)
+    return None
 
 
-def open_journal(out: Path, kept: Path) -> records.Journal:
-    """The journal in `out` and its copy in `kept`; where one of the two is gone, it is restored from the other."""
-    places = [out / JOURNAL, kept / JOURNAL]
-    journal = records.Journal(*places)
-    sizes = [path.stat().st_size if path.exists() else 0 for path in places]
-    if min(sizes) < max(sizes):
-        longest = places[sizes.index(max(sizes))]
-        for path in places:
-            if path != longest:
-                shutil.copyfile(longest, path)
-    return journal
+def open_journal(out: Path, *others: Path) -> records.Journal:
+    """The journal in `out` and its copy in the first of `others`; what one of the folders has and another lacks is restored."""
+    lines = records.merge([records.read_lines(p / JOURNAL) for p in (out, *others) if (p / JOURNAL).exists()])
+    for place in (out, others[0]):
+        place.mkdir(parents=True, exist_ok=True)
+        path = place / JOURNAL
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        os.replace(temporary, path)
+    return records.Journal(out / JOURNAL, others[0] / JOURNAL)
 
 
 def summary(parts: Mapping[str, dict[str, Any]], commit: str) -> list[str]:
@@ -294,6 +325,7 @@ def summary(parts: Mapping[str, dict[str, Any]], commit: str) -> list[str]:
     for name, part in current.items():
         if not name.startswith("verdict/"):
             found += [f"WRONG in {name}: {row['wrong']}" for row in part.get("rows", []) if row.get("wrong")]
+        found += [f"was wrong before in {name}: {row['was_wrong']}" for row in part.get("rows", []) if row.get("was_wrong")]
         failed = [test for test, entry in part.get("tests", {}).items() if entry["outcome"] == "failed"]
         hung = [test for test, entry in part.get("tests", {}).items() if entry["outcome"] == "running"]
         found += [f"{name}: {len(failed)} tests failed: {', '.join(failed[:20])}"] if failed else []
@@ -327,33 +359,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     os.environ["WIKIGPT_COMMIT"] = commit  # of all parts, also if somebody commits while they run
-    point_to_data()
+    if (reason := point_to_data()) is not None:
+        print(f"error: {reason}", file=sys.stderr)
+        return 2
     if args.device == "cpu" or FAKE:
         os.environ["OMP_NUM_THREADS"] = "1"  # problems so small gain nothing from a second thread
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "3")  # a process; several compile at a time
     name = machine.folder(args.device)
-    out = (args.out or machine.RESULTS / name).resolve()
-    journal, log = open_journal(out, args.kept / name), Log(out / LOG)
+    out = (args.out or (KEPT / name / "results" if FAKE else machine.RESULTS / name)).resolve()
+    if out.exists() and not out.is_dir():
+        print(f"error: --out: {out} is no folder", file=sys.stderr)
+        return 2
+    journal, log = open_journal(out, args.kept / name, machine.RESULTS / name), Log(out / LOG)
     stages = plan(args, journal)
     if args.only:
         names = [part.name for stage in stages for part in stage]
         stages = [[p for p in stage if {p.name, p.name.partition("/")[0]} & set(args.only)] for stage in stages]
         if not any(stages):
             parser.error(f"--only: got {' '.join(args.only)}, there are {' '.join(names)}")
-    todo = left_to_do(stages, records.fold(journal.lines()), commit, args.again)
+    todo = left_to_do(stages, records.fold(journal.lines()), commit, args.again, args.sizes)
     doing = {part.name for stage in todo for part in stage}
     for part in (part for stage in stages for part in stage):
         if part.name not in doing:
             log.say(f"== {part.name}: passed before")
-    minutes = args.minutes or (60.0 if args.sizes == "smoke" else 9.4)
-    failed, left = run_all(todo, journal, log, commit, minutes)
+    minutes = (60.0 if args.sizes == "smoke" else 9.4) if args.minutes is None else args.minutes
+    try:
+        failed, left = run_all(todo, journal, log, commit, minutes, args.sizes)
+    except KeyboardInterrupt:
+        log.say(f"interrupted; what was finished stands in {out}, the next call goes on")
+        return 130
     for line in summary(records.fold(journal.lines()), commit):
         log.say(line)
     log.say(f"results in {out}")
     if failed:
         log.say(f"FAILED: {', '.join(failed)}")
     if left:
-        log.say(f"not started, the time is over; call again for: {', '.join(left)}")
+        log.say(f"not finished, the time is over; call again for: {', '.join(left)}")
     return 1 if failed else 3 if left else 0
 
 

@@ -91,7 +91,7 @@ def wikitext(args: Arguments, name: str) -> dict[str, Any]:
     seconds = 2.0 if smoke else SECONDS
     changes = [f"max_seconds={seconds}", f"backend={backend}", f"compile={compiled and args.device == 'cuda' and not FAKE}",
                f"cuda_graph={graph}", f"device={args.device}", "steps=1000000", "eval_interval=1000000",
-               "save_interval=1000000", "tensorboard=false", "dataset=auto"]  # fmt: skip
+               "save_interval=1000000", "tensorboard=false", f"dataset={'auto' if smoke else 'wikitext-2'}"]  # fmt: skip
     config = resolve("quick" if smoke else "wikitext-2", overrides=[*changes, *(SMOKE_RUN if smoke else [])])
     dataset = prepare(config.data.dataset, config.data.tokenizer, config.data.vocab_size)
     if smoke:

@@ -66,6 +66,9 @@ class Journal:
         self.paths = paths
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+                with path.open("a") as file:  # what a killed process was at must not swallow the next line
+                    file.write("\n")
 
     def add(self, part: str, kind: str, **content: Any) -> None:
         line = (json.dumps({"part": part, "kind": kind, **content}) + "\n").encode()
@@ -94,6 +97,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def merge(journals: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One journal of several, each line once, those of the one that was begun last at the end, where they count."""
+
+    def last_begun(lines: list[dict[str, Any]]) -> str:
+        return max((line.get("date", "") for line in lines), default="")
+
+    found: dict[str, dict[str, Any]] = {}
+    for lines in sorted(journals, key=last_begun):
+        for line in lines:
+            key = json.dumps(line, sort_keys=True)
+            found.pop(key, None)
+            found[key] = line
+    return list(found.values())
+
+
 def fold(lines: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Name of a part -> its content, as the lines of a journal leave it."""
     parts: dict[str, dict[str, Any]] = {}
@@ -109,6 +127,9 @@ def fold(lines: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         part = parts.setdefault(name, {"rows": [], "tests": {}})
         if kind == "row":
             key = (rest.get("group"), rest.get("name"))
+            before = next((row for row in part["rows"] if (row.get("group"), row.get("name")) == key), {})
+            if (reason := before.get("wrong") or before.get("was_wrong")) and not rest.get("wrong"):
+                rest["was_wrong"] = reason  # other random numbers, or luck: either way somebody must look at it
             part["rows"] = [row for row in part["rows"] if (row.get("group"), row.get("name")) != key] + [rest]
         elif kind == "test":
             part["tests"][rest["test"]] = rest
@@ -133,10 +154,10 @@ class Record:
 
 def load(results: Path) -> Iterator[Record]:
     """Every part of every file, machines and files by name. ValueError for a file that is no object of parts."""
-    for path in sorted(results.glob("*/*.jsonl")):
-        for name, part in fold(read_lines(path)).items():
+    for folder in sorted({path.parent for path in results.glob("*/*.jsonl")}):
+        for name, part in fold(merge([read_lines(path) for path in sorted(folder.glob("*.jsonl"))])).items():
             file, _, key = name.partition("/")
-            yield Record(path.parent.name, file, key or file, part)
+            yield Record(folder.name, file, key or file, part)
     for path in sorted(results.glob("*/*.json")):
         content = json.loads(path.read_text())
         parts = {path.stem: condense(content)} if "benchmarks" in content else content

@@ -189,8 +189,13 @@ def _mfu(machine: Machine) -> str:
     return f"{max(found):.1%}" if found else NOT_MEASURED
 
 
+def _on_wikitext(machine: Machine) -> dict[str, dict[str, Any]]:
+    """The runs on WikiText-2: without it training takes another text, whose perplexity says nothing."""
+    return {name: part for name, part in machine.of("wikitext").items() if part.get("dataset", "").startswith("wikitext")}
+
+
 def _perplexity(machine: Machine) -> str:
-    runs = machine.of("wikitext")
+    runs = _on_wikitext(machine)
     shown = [f"{name} {part['valid_perplexity']:.1f}" for name, part in runs.items() if "valid_perplexity" in part]
     return "; ".join(shown) or NOT_MEASURED
 
@@ -332,13 +337,21 @@ def profiled(part: dict[str, Any]) -> str:
 
 def tested(parts: dict[str, dict[str, Any]]) -> str:
     """What the tests on this machine said."""
+    if not parts:
+        return NOT_MEASURED
     body = []
     for name, part in parts.items():
         outcomes = [entry["outcome"] for entry in part.get("tests", {}).values()]
         counts = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in dict.fromkeys(outcomes))
         state = "passed" if part.get("passed") else f"FAILED ({part.get('error') or 'it did not end'})"
         body.append([name, state, f"{part.get('seconds', 0):.0f}", counts or (part.get("tail") or [""])[-1].strip("= ")])
-    return table(("tests", "", "seconds", "outcomes"), body, 2) if body else NOT_MEASURED
+    bad = [
+        f"- **{entry['outcome']}**: {test}"
+        for part in parts.values()
+        for test, entry in part.get("tests", {}).items()
+        if entry["outcome"] in ("failed", "running")
+    ]
+    return "\n".join([table(("tests", "", "seconds", "outcomes"), body, 2), *([""] if bad else []), *bad])
 
 
 def judged(parts: dict[str, dict[str, Any]]) -> str:
@@ -371,7 +384,7 @@ def section(machine: Machine, out: Path) -> list[str]:
             lines += [f"### {title}", picture(path, f"{title}, {machine.title}")]
     if nothing := [title for title, path in drawn.items() if path is None]:
         lines.append(f"No result on this machine, so {NOT_MEASURED}: {'; '.join(nothing).lower()}.")
-    runs, extra = machine.of("wikitext"), machine.of("training")
+    runs, extra = _on_wikitext(machine), machine.of("training")
     lines += ["### WikiText-2 runs", wikitext(runs)]
     if machine.gpu:
         lines += ["### Is every op right", judged(machine.of("verdict"))]
@@ -420,8 +433,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of benchmarks.md and benchmarks/")
     parser.add_argument("--smoke", action="store_true", help="also results of smoke sizes, to try the page")
     args = parser.parse_args(arguments)
+    if not args.results.is_dir():
+        parser.error(f"--results: {args.results} is no folder")
     args.out.mkdir(parents=True, exist_ok=True)
     found = machines(args.results, args.smoke)
+    left_out = sum(record.content.get("sizes") == "smoke" for record in records.load(args.results))
+    if left_out and not args.smoke:
+        print(f"{left_out} parts of smoke sizes are left out, as they are no results (--smoke shows them)")
     (args.out / "benchmarks.md").write_text(page(found, args.out))
     print(f"{args.out / 'benchmarks.md'}: {', '.join(machine.title for machine in found) or 'no results'}")
 

@@ -4,7 +4,8 @@
 
 Through the public functions, as a user calls them, at sizes that fill a chip (smoke: that fill a test). Fresh random inputs;
 memory that results will lie in holds NaN beforehand; every case runs twice and has to give the same bits. Ours is right where
-its error is at most twice that of the op's reference in the same dtype, plus rounding; NaN is never right.
+its error is at most twice that of the op's reference in the same dtype, plus one rounding of the largest value, which no
+result in that dtype can avoid; NaN is never right.
 
 A case that breaks the device (an illegal address) ends its process: the rest of the cases goes on in a new one.
 """
@@ -506,6 +507,8 @@ class Verdict:
     wrong: list[str]
 
     def __str__(self) -> str:
+        if FAKE:  # nothing was computed
+            return ""
         ratios = [f"{name} {ours / plain:.2f}x" if plain else f"{name} {ours:.1e}" for name, (ours, plain, _) in self._shown()]
         return ", ".join(ratios)
 
@@ -528,7 +531,7 @@ def judge(results: dict[str, tuple[Tensor, Tensor, Tensor]]) -> Verdict:
             continue
         ours_error, plain_error = (float((x.double() - truth).abs().max()) for x in (ours, plain))
         most = float(truth.abs().max())
-        allowed = 2 * plain_error + torch.finfo(ours.dtype).eps / 4 * most + 32 * torch.finfo(F32).eps * min(1.0, most)
+        allowed = 2 * plain_error + torch.finfo(ours.dtype).eps / 2 * most + 32 * torch.finfo(F32).eps * min(1.0, most)
         verdict.errors[name] = (ours_error, plain_error, allowed)
         if not ours_error <= allowed:  # NaN too
             verdict.wrong.append(f"{name} is off by {ours_error:.2e}, allowed {allowed:.2e}")
@@ -568,7 +571,7 @@ def run(op: str, first: int, draw: Callable[[], Draw], journal: records.Journal 
         right &= ok
         said = "ok" if ok else f"FAIL: {'; '.join(verdict.wrong)}; --seed {numbers.seed}"
         at = f"{op}, small" if args.sizes == "smoke" else op
-        print(f"| {at}: {case.text}: {verdict}{': ' if verdict.errors else ''}{said} ({seconds:.1f} s)", flush=True)
+        print(f"| {at}: {case.text}: {verdict}{': ' if str(verdict) else ''}{said} ({seconds:.1f} s)", flush=True)
         if journal is not None:
             entry = {"group": op, "name": case.text, "ok": ok, "errors": verdict.errors, "seed": numbers.seed}
             entry["seconds"] = round(seconds, 2)

@@ -45,7 +45,7 @@ def _angles(cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[Tensor,
     """cos and sin that broadcast to (B, H, S, R / 2)."""
     if positions is not None:
         # index_select, unlike an index, counts no position from the end.
-        cos, sin = (table.index_select(0, positions.flatten()).view(*positions.shape, -1) for table in (cos, sin))
+        cos, sin = (table.index_select(0, positions.flatten()).view(*positions.shape, table.shape[1]) for table in (cos, sin))
     return (cos, sin) if cos.dim() == 2 else (cos[:, None], sin[:, None])
 
 

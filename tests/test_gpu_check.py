@@ -68,6 +68,8 @@ def test_a_line_that_was_cut_off_hides_no_other(tmp_path):
     with path.open("a") as file:
         file.write('{"part": "ops/a", "kind": "row", "gro')
     assert len(records.read_lines(path)) == 1
+    records.Journal(path).add("ops/a", "row", group="h", name="ours", median=1.0)
+    assert [line["group"] for line in records.read_lines(path)] == ["g", "h"]
 
 
 def test_the_journal_is_restored_from_either_of_its_places(tmp_path):
@@ -121,10 +123,10 @@ def test_the_time_limit_ends_a_part_and_all_that_it_started(journal, log, tmp_pa
     start = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}])"
     begin = time.monotonic()
     passed, _ = run(part("a/slow", f"{start}; print('on', flush=True); time.sleep(60)"), 2, journal, log, "c0")
-    assert not passed
+    assert passed is None
     assert time.monotonic() - begin < 20
     found = known(journal)["a/slow"]
-    assert found["error"] == "stopped after 2 s"
+    assert found["error"] == "time was over after 2 s"
     assert found["tail"] == ["on"]
     assert not found["complete"]
     time.sleep(max(0.0, begin + 5 - time.monotonic()))
@@ -141,6 +143,58 @@ def test_what_could_come_to_no_result_in_the_time_left_does_not_begin(journal, l
     wants = Part("wikitext/ours", 30, [sys.executable, "-c", ""], least=20)
     assert run_all([[wants]], journal, log, "c0", 15 / 60) == ([], ["wikitext/ours"])
     assert run_all([[wants]], journal, log, "c0", 25 / 60) == ([], [])
+
+
+def test_a_part_that_ran_out_of_time_is_not_finished_and_has_not_failed(journal, log, capsys):
+    assert run_all([[part("a/slow", "import time; time.sleep(30)", limit=1)]], journal, log, "c0", 1) == ([], ["a/slow"])
+    left_out = [part("a/left-out", f"raise SystemExit({gpu_check.UNFINISHED})")]
+    assert run_all([left_out], journal, log, "c0", 1) == ([], ["a/left-out"])
+    assert "FAILED" not in capsys.readouterr().out
+
+
+def test_what_passed_at_smoke_sizes_has_not_passed_at_real_ones(journal, log):
+    stages = [[part("ops/a")]]
+    run_all(stages, journal, log, "c0", 1, "smoke")
+    assert left_to_do(stages, known(journal), "c0", False, "smoke") == []
+    assert left_to_do(stages, known(journal), "c0", False, "check") == stages
+
+
+def test_ctrl_c_ends_the_parts_that_run(tmp_path):
+    process = fake_gpu_check(tmp_path / "out", "--only", "training/others")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("== training/others"):
+            break
+    time.sleep(1)
+    begin = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130, output
+    assert time.monotonic() - begin < 10
+    assert "interrupted" in output
+
+
+def test_a_folder_of_data_that_is_not_there_is_an_error(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("WIKIGPT_DATA_DIR", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("WIKIGPT_COMMIT", "c0")
+    assert gpu_check.main(["--device", "cpu", "--sizes", "smoke", "--out", str(tmp_path)]) == 2
+    assert "WIKIGPT_DATA_DIR" in capsys.readouterr().err
+
+
+def test_journals_of_two_calls_become_one_and_the_later_call_counts():
+    first, second = ([{"part": "ops/a", "kind": "begin", "commit": c, "date": d, "sizes": "check"},
+                      {"part": "ops/a", "kind": "row", "group": "g", "name": "ours", "median": m}]
+                     for c, d, m in (("c0", "2026-01-01", 1.0), ("c1", "2026-01-02", 2.0)))  # fmt: skip
+    for journals in ([first, second], [second, first], [second, first + second]):
+        found = records.fold(records.merge(journals))["ops/a"]
+        assert (found["commit"], [row["median"] for row in found["rows"]]) == ("c1", [2.0])
+
+
+def test_a_row_that_was_wrong_once_is_not_forgotten():
+    row = {"part": "verdict/a", "kind": "row", "group": "a", "name": "case"}
+    parts = records.fold([{**row, "wrong": "off by 1; --seed 7"}, {**row, "ok": True}])
+    (kept,) = parts["verdict/a"]["rows"]
+    assert kept["was_wrong"] == "off by 1; --seed 7"
 
 
 def test_a_part_that_lost_its_device_goes_on_in_a_new_process_and_has_failed(journal, log, tmp_path):

@@ -39,7 +39,14 @@ def results(tmp_path: Path) -> Path:
         for name, rate in rates.items()
     ]
     write(tmp_path / "h100", "training", training={"rows": steps})
-    run = {"training_seconds": 60.0, "steps": 10, "tokens_per_second": 5.0, "valid_perplexity": 61.5, "test_perplexity": 60.5}
+    run = {
+        "training_seconds": 60.0,
+        "steps": 10,
+        "tokens_per_second": 5.0,
+        "dataset": "wikitext-2",
+        "valid_perplexity": 61.5,
+        "test_perplexity": 60.5,
+    }
     write(tmp_path / "h100", "wikitext", ours={**run, "curve": [[1.0, 9.0], [2.0, 5.0]]})
     return tmp_path
 
@@ -76,6 +83,7 @@ def test_every_plot_says_on_what_it_was_measured(results, tmp_path):
 
 
 def test_no_results_give_a_page_of_goals(tmp_path):
+    (tmp_path / "none").mkdir()
     report.main(["--results", str(tmp_path / "none"), "--out", str(tmp_path / "docs")])
     text = (tmp_path / "docs" / "benchmarks.md").read_text()
     assert text.count("| not measured | not measured |") == len(report.GOALS)

@@ -215,6 +215,13 @@ def test_empty_inputs(shape, inplace, backend):
     assert torch.equal(apply_rotary_emb(z, nothing, nothing, backend=backend), z)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_inputs_with_positions(backend):
+    cos, sin = rotary_cos_sin(torch.arange(10), 8)
+    x = torch.randn(2, 3, 0, 8)
+    assert apply_rotary_emb(x, cos, sin, positions=torch.zeros(0, dtype=torch.int64), backend=backend).shape == x.shape
+
+
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
 def test_large_inputs_on_the_cpu_and_their_second_derivative(interleaved):
     x = random(2, 130, 8, 40).transpose(1, 2)
