@@ -9,7 +9,9 @@ import os
 _LOST = ("CUDA error", "Triton Error [CUDA]", "an illegal memory access", "device-side assert", "unspecified launch failure")
 
 
-LOST_DEVICE = 8  # exit code: a new process can go on with what comes after
+# Exit codes of the parts of gpu-check.
+UNFINISHED = 7  # something was left out for time
+LOST_DEVICE = 8  # a new process can go on with what comes after
 
 
 def device_is_lost(error: object) -> bool:

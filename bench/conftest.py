@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from . import LOST_DEVICE, machine, records
+from . import LOST_DEVICE, UNFINISHED, machine, records
 from .suite import Measure, Report, entry_of
 from .tables import print_tables
 from .timing import copy_ceiling, matmul_ceiling
@@ -121,9 +121,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=done)
     left = set(items) - set(done)
     items[:] = [item for item in items if item in left]
-
-
-UNFINISHED = 7  # exit code: the time limit left something out
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

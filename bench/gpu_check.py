@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import FAKE, LOST_DEVICE, machine, records
+from . import FAKE, LOST_DEVICE, UNFINISHED, machine, records
 
 ROOT = machine.ROOT
 KEPT = ROOT / "build" / "gpu-check"  # git ignores it, and so whoever copies the tree to the machine again leaves it alone
@@ -204,7 +204,7 @@ def run(
     passed = code == 0 and not late
     found: dict[str, Any] = {
         "commit": commit,
-        "of": sizes,
+        "sizes": sizes,
         "passed": passed,
         "complete": not late and code in (0, 1),
         "exit_code": code,
@@ -259,7 +259,6 @@ def run_all(
     return [name for name, passed in verdicts if passed is False], [name for name, passed in verdicts if passed is None]
 
 
-UNFINISHED = 7  # exit code of a benchmark that has left something out for time (bench/conftest.py)
 ALWAYS = ("environment/build",)  # what a fresh machine lacks
 WARM = "environment/warm"  # worth doing once, to its end or not
 
@@ -271,7 +270,7 @@ def left_to_do(
 
     def state(part: Part) -> int:
         record = known.get(part.name, {})
-        if again or (record.get("commit"), record.get("of")) != (commit, sizes) or part.name in ALWAYS:
+        if again or (record.get("commit"), record.get("sizes")) != (commit, sizes) or part.name in ALWAYS:
             return 0
         if part.name == WARM:
             return 2

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import LOST_DEVICE, gpu_check, gpu_parts, machine, records
+from bench import LOST_DEVICE, UNFINISHED, gpu_check, gpu_parts, machine, records
 from bench.gpu_check import JOURNAL, Log, Part, left_to_do, open_journal, run, run_all
 from bench.gpu_parts import summarize
 
@@ -147,7 +147,7 @@ def test_what_could_come_to_no_result_in_the_time_left_does_not_begin(journal, l
 
 def test_a_part_that_ran_out_of_time_is_not_finished_and_has_not_failed(journal, log, capsys):
     assert run_all([[part("a/slow", "import time; time.sleep(30)", limit=1)]], journal, log, "c0", 1) == ([], ["a/slow"])
-    left_out = [part("a/left-out", f"raise SystemExit({gpu_check.UNFINISHED})")]
+    left_out = [part("a/left-out", f"raise SystemExit({UNFINISHED})")]
     assert run_all([left_out], journal, log, "c0", 1) == ([], ["a/left-out"])
     assert "FAILED" not in capsys.readouterr().out
 
