@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._autograd import register_autograd, register_vmap
 from ._dispatch import (
     NAMESPACE,
     Implementation,
@@ -148,18 +149,20 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     left = iter(ctx.saved_tensors)
     tensors = [next(left) if present else None for present in ctx.present]
     needs = ctx.needs_input_grad
-    grads = _activation_backward(grad, needs[2], needs[3], *tensors, *ctx.options)
+    grads = _call_activation_backward(grad, needs[2], needs[3], *tensors, *ctx.options)
     return *(gradient if needed else None for gradient, needed in zip(grads, needs)), None, None, None, None
 
 
-_activation.register_autograd(_backward, setup_context=_setup_context)
+_call_activation = register_autograd(_activation, _backward, _setup_context)
+register_vmap(_activation)
 
 
 def _no_second_derivative(ctx, *_):  # type: ignore[no-untyped-def]
     raise NotImplementedError("activations have no second derivative (use backend='reference' for create_graph=True)")
 
 
-_activation_backward.register_autograd(_no_second_derivative)
+_call_activation_backward = register_autograd(_activation_backward, _no_second_derivative)
+register_vmap(_activation_backward)
 
 # --- implementations ------------------------------------------------------------------------------------------------
 
@@ -177,7 +180,7 @@ def _triton(
     if gate.dtype == torch.float64:
         return activation_reference(gate, up, gate_bias, up_bias, seed, activation, packed, dropout_p)
     refuse_forward_mode("activation", gate, up, gate_bias, up_bias)
-    return _activation(gate, up, gate_bias, up_bias, seed, activation, packed, dropout_p)
+    return _call_activation(gate, up, gate_bias, up_bias, seed, activation, packed, dropout_p)
 
 
 def _gelu_torch(x: Tensor, approximate: str = "none") -> Tensor:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._autograd import register_autograd, register_vmap
 from ._dispatch import NAMESPACE, Implementation, choose, refuse_forward_mode, register, why_not_triton
 from .attention.op import seed_for
 from .attention.reference import keep_mask
@@ -247,7 +248,7 @@ def _backward(ctx, dy, dh, *_):  # type: ignore[no-untyped-def]
     needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
     # Without dropout both summands of h have one gradient, which one tensor holds if they have one dtype.
     shared = seed is None and ctx.dtype == h.dtype
-    dx, dresidual, dweight, dbias = _norm_backward(
+    dx, dresidual, dweight, dbias = _call_norm_backward(
         torch.zeros_like(h, dtype=ctx.dtype) if dy is None else dy, dh if ctx.keep_h else None, h, weight,
         None if ctx.rms else mean, rstd, seed, ctx.dropout_p, ctx.unit_offset, ctx.dtype,
         ctx.bias_dtype if needs_bias else None, needs_residual and not shared, needs_weight,
@@ -261,14 +262,16 @@ def _backward(ctx, dy, dh, *_):  # type: ignore[no-untyped-def]
     )
 
 
-_norm.register_autograd(_backward, setup_context=_setup_context)
+_call_norm = register_autograd(_norm, _backward, _setup_context)
+register_vmap(_norm)
 
 
 def _no_second_derivative(ctx, *_):  # type: ignore[no-untyped-def]
     raise NotImplementedError("layer_norm and rms_norm have no second derivative (use backend='reference')")
 
 
-_norm_backward.register_autograd(_no_second_derivative)
+_call_norm_backward = register_autograd(_norm_backward, _no_second_derivative)
+register_vmap(_norm_backward)
 
 
 def _run(
@@ -287,7 +290,7 @@ def _run(
     grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     summed = residual is not None or dropout_p > 0
     seed = seed_for(dropout_p, x.device)
-    y, h, _, _ = _norm(
+    y, h, _, _ = _call_norm(
         x, weight, bias, residual, seed, eps, dropout_p, rms, unit_offset, summed and (prenorm or grad), grad
     )  # fmt: skip
     return (y, h if summed else x) if prenorm else y

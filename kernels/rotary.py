@@ -17,6 +17,7 @@ import importlib
 import torch
 from torch import Tensor
 
+from ._autograd import register_autograd, register_vmap
 from ._dispatch import (
     NAMESPACE,
     Implementation,
@@ -93,13 +94,14 @@ def _backward(ctx, grad_q, grad_k):  # type: ignore[no-untyped-def]
     grads = [grad for grad, needed in ((grad_q, True), (grad_k, ctx.has_k)) if needed and grad is not None]
     if grads:
         back = [*grads, None] if len(grads) == 1 else grads
-        turned = list(_rotary(*back, cos, sin, positions[0] if positions else None, ctx.interleaved, not ctx.inverse))
+        turned = list(_call_rotary(*back, cos, sin, positions[0] if positions else None, ctx.interleaved, not ctx.inverse))
     dq = turned.pop(0) if grad_q is not None else None
     dk = turned.pop(0) if ctx.has_k and grad_k is not None else None
     return dq, dk, None, None, None, None, None
 
 
-_rotary.register_autograd(_backward, setup_context=_setup_context)
+_call_rotary = register_autograd(_rotary, _backward, _setup_context)
+register_vmap(_rotary)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::rotary_", mutates_args=("q", "k"))
@@ -121,7 +123,7 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         cos, sin, *positions = ctx.saved_tensors
-        dx, _ = _rotary(grad, None, cos, sin, positions[0] if positions else None, ctx.interleaved, True)
+        dx, _ = _call_rotary(grad, None, cos, sin, positions[0] if positions else None, ctx.interleaved, True)
         return dx, None, None, None, None
 
 
@@ -132,15 +134,15 @@ def _triton(
     tensors: tuple[Tensor, ...], cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inplace: bool
 ) -> tuple[Tensor, ...]:
     q, k = tensors[0], tensors[1] if len(tensors) == 2 else None
-    compiling = torch.compiler.is_compiling()
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if q.dtype == torch.float64:
         return _reference(tensors, cos, sin, positions, interleaved, inplace)
     for name, table in (("cos", cos), ("sin", sin)):
         if table.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: requires a gradient, which 'triton' does not compute (use backend='reference')")
     refuse_forward_mode("rotary", *tensors, cos, sin)
-    if not inplace or compiling:  # the compiler itself finds what can be overwritten
-        turned = _rotary(q, k, cos, sin, positions, interleaved, False)[: len(tensors)]
+    if not inplace or transformed:  # the compiler itself finds what can be overwritten
+        turned = _call_rotary(q, k, cos, sin, positions, interleaved, False)[: len(tensors)]
         return tuple(x.copy_(y) for x, y in zip(tensors, turned)) if inplace else tuple(turned)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         # One after the other: autograd lets no function with two results write into views.
