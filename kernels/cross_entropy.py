@@ -12,22 +12,25 @@ cross_entropy_triton.py, read the logits once for the loss and once for the grad
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import _reduction
 
+from ._autograd import register_autograd
 from ._dispatch import NAMESPACE, Implementation, checks_values, choose, refuse_forward_mode, register, why_not_triton
 
 
 class CrossEntropyAux(NamedTuple):
-    """What `return_aux=True` gives besides the loss, in the shape of target, without gradient."""
+    """What `return_aux=True` gives besides the loss, in the shape of target."""
 
     target_logits: Tensor
-    """Logit of the target after softcap, float32; 0 where the target is ignored."""
+    """Logit of the target after softcap, float32; 0 where the target is ignored. It has a gradient."""
     lse: Tensor
-    """Log-sum-exp of the logits after softcap, float32."""
+    """Log-sum-exp of the logits after softcap, float32, of ignored tokens too. It has a gradient."""
     correct: Tensor
     """Whether the largest logit (the first of equal ones) is the target's, bool; False where the target is ignored."""
 
@@ -47,26 +50,38 @@ def cross_entropy_reference(
     inplace_backward: bool = False,
     return_aux: bool = False,
 ) -> Any:
-    """The loss of logits (N, V) and target (N); with return_aux (loss, CrossEntropyAux)."""
+    """The loss of logits (N, V) and target, (N) indices or (N, V) probabilities; with return_aux (loss, CrossEntropyAux)."""
     if softcap > 0.0:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    probabilities = target.is_floating_point()
+    logits = logits.to(wide(logits.dtype, target.dtype) if probabilities else wide(logits.dtype))
     loss = F.cross_entropy(
         logits,
-        target,
+        target.to(logits.dtype) if probabilities else target,
         None if weight is None else weight.to(logits.dtype),
         ignore_index=ignore_index,
         reduction=reduction,
         label_smoothing=label_smoothing,
     )
     if z_loss > 0.0:
-        valid = target != ignore_index
-        penalty = z_loss * logits.logsumexp(-1).square() * valid
-        if reduction == "none":
-            loss = loss + penalty
-        else:
-            loss = loss + (penalty.sum() / valid.sum() if reduction == "mean" else penalty.sum())
-    return (loss, _aux_reference(logits.detach(), target, ignore_index)) if return_aux else loss
+        lse = logits.logsumexp(-1)
+        loss = loss + z_penalty(
+            lse, torch.ones_like(lse, dtype=torch.bool) if probabilities else target != ignore_index, z_loss, reduction
+        )
+    return (loss, _aux_reference(logits, target, ignore_index)) if return_aux else loss
+
+
+def wide(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype of a loss: float32, or float64 where one of these is."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def z_penalty(lse: Tensor, valid: Tensor, z_loss: float, reduction: str) -> Tensor:
+    # Where nothing is valid the mean is 0 / 0, but what is ignored gets no gradient of it.
+    penalty = z_loss * torch.where(valid, lse, 0.0).square()
+    if reduction == "none":
+        return penalty
+    return penalty.sum() / valid.sum() if reduction == "mean" else penalty.sum()
 
 
 def _aux_reference(logits: Tensor, target: Tensor, ignore_index: int) -> CrossEntropyAux:
@@ -101,6 +116,27 @@ def check_options(reduction: str, label_smoothing: float, softcap: float, z_loss
             raise ValueError(f"{name}: got {number}, must be 0 or more")
 
 
+def check_weight(weight: Tensor | None, vocabulary: int, target: Tensor) -> None:
+    """weight (V); PyTorch gives it no derivative either, but with class probabilities."""
+    if weight is None:
+        return
+    if weight.shape != (vocabulary,):
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, need ({vocabulary},), one number for each class")
+    if weight.requires_grad and torch.is_grad_enabled() and not target.is_floating_point():
+        raise ValueError("weight: it requires a gradient, but the loss of class indices has none for it (give weight.detach())")
+
+
+def check_target_dtype(target: Tensor, ignore_index: int, return_aux: bool) -> None:
+    """Class indices or, of any floating dtype, class probabilities."""
+    if target.is_floating_point():
+        if ignore_index >= 0:
+            raise ValueError(f"ignore_index: got {ignore_index}, but class probabilities (a floating target) ignore nothing")
+        if return_aux:
+            raise ValueError("return_aux: class probabilities (a floating target) have no target logit")
+    elif target.dtype not in (torch.int64, torch.uint8):
+        raise TypeError(f"target: got dtype {target.dtype}, allowed are int64 and uint8, or floating for class probabilities")
+
+
 def check_devices(**tensors: Tensor | None) -> None:
     """All on the device of the first."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
@@ -112,6 +148,9 @@ def check_devices(**tensors: Tensor | None) -> None:
 
 def check_targets(target: Tensor, vocabulary: int, ignore_index: int) -> None:
     """IndexError for a target (N) outside the vocabulary; on a GPU only under `debug_checks`, because it waits."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(target):  # the values of all samples, under vmap
+        target = torch._C._functorch.get_unwrapped(target)
+    target = target.flatten()
     outside = (target != ignore_index) & ((target < 0) | (target >= vocabulary))
     if outside.any():
         i = int(outside.nonzero()[0])
@@ -121,10 +160,45 @@ def check_targets(target: Tensor, vocabulary: int, ignore_index: int) -> None:
         )
 
 
-def shaped(loss: Tensor, aux: CrossEntropyAux | None, target: Tensor, reduction: str, return_aux: bool) -> Any:
-    """What a public function returns: per-token results in the shape of target."""
-    loss = loss.view(target.shape) if reduction == "none" else loss
-    return (loss, CrossEntropyAux(*(part.view(target.shape) for part in aux))) if return_aux and aux is not None else loss
+def shaped(result: Any, shape: Sequence[int], reduction: str, return_aux: bool) -> Any:
+    """What a public function returns: per-token results in the shape of the tokens."""
+    loss, aux = result if return_aux else (result, None)
+    loss = loss.view(shape) if reduction == "none" else loss
+    return loss if aux is None else (loss, CrossEntropyAux(*(part.view(shape) for part in aux)))
+
+
+def nan_rows(target: Tensor, vocabulary: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """(what to add to the rows, targets that exist): for PyTorch's own loss where values are not checked, so that a target out
+    of range makes its row NaN and reads nothing."""
+    outside = (target != ignore_index) & ((target < 0) | (target >= vocabulary))
+    return torch.where(outside, torch.nan, 0.0)[:, None], torch.where(outside, 0, target)
+
+
+Tensors = dict[str, Tensor]
+
+
+def second_derivative(losses: Callable[..., Tensors], upstream: Tensors, leaves: Tensors, grads: Tensors) -> Any:
+    """Gradients of (upstream, leaves), given those of what the backward makes for the leaves: by plain PyTorch, to any
+    order, with all logits in memory. losses(**leaves) gives what upstream has gradients of, by name."""
+
+    def backward(upstream: Tensors, leaves: Tensors) -> Tensors:
+        def chosen(leaves: Tensors) -> Tensors:
+            every = losses(**leaves)
+            return {name: every[name] for name in upstream}
+
+        return torch.func.vjp(chosen, leaves)[1](upstream)[0]  # type: ignore[no-any-return]
+
+    return torch.func.vjp(backward, upstream, leaves)[1](grads)
+
+
+def present(**tensors: Tensor | None) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def per_token(result: tuple[Tensor, CrossEntropyAux]) -> Tensors:
+    """What a loss gives with reduction="none" and return_aux=True, by the names of `second_derivative`."""
+    loss, aux = result
+    return {"loss": loss, "lse": aux.lse, "target_logits": aux.target_logits}
 
 
 def kernels() -> Any:
@@ -136,7 +210,7 @@ def kernels() -> Any:
 
 
 @torch.library.custom_op(f"{NAMESPACE}::cross_entropy", mutates_args=())
-def _forward(
+def _forward_op(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -156,7 +230,7 @@ def _forward(
     return rows.loss, rows.lse, rows.target_logits, rows.correct
 
 
-@_forward.register_fake
+@_forward_op.register_fake
 def _(logits, target, weight, ignore_index, label_smoothing, softcap, z_loss, aux, inplace_backward):  # type: ignore[no-untyped-def]
     return empty_rows(target, aux)
 
@@ -172,12 +246,21 @@ def empty_rows(target: Tensor, aux: bool) -> tuple[Tensor, Tensor, Tensor, Tenso
     )
 
 
-def _gradient(out: Tensor, z: Tensor, row_grad: Tensor, lse: Tensor, target: Tensor, options: Any) -> None:
-    kernels().gradient(z, out, target.contiguous(), lse, row_grad, 0, z.shape[1], options)
+def _gradient(
+    out: Tensor,
+    z: Tensor,
+    row_grad: Tensor,
+    lse: Tensor,
+    target: Tensor,
+    options: Any,
+    of_lse: Tensor | None,
+    of_target: Tensor | None,
+) -> None:
+    kernels().gradient(z, out, target.contiguous(), lse, row_grad, 0, z.shape[1], options, of_lse=of_lse, of_target=of_target)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::cross_entropy_backward", mutates_args=())
-def _grad(
+def _grad_op(
     row_grad: Tensor,
     lse: Tensor,
     logits: Tensor,
@@ -187,14 +270,18 @@ def _grad(
     label_smoothing: float,
     softcap: float,
     z_loss: float,
+    of_lse: Tensor | None = None,
+    of_target: Tensor | None = None,
 ) -> Tensor:
+    """The gradient of the logits, given those of each token's loss, lse and target logit."""
     z = logits if logits.stride(-1) == 1 else logits.contiguous()
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _gradient(out, z, row_grad, lse, target, kernels().options(ignore_index, label_smoothing, softcap, z_loss, weight))
+    options = kernels().options(ignore_index, label_smoothing, softcap, z_loss, weight)
+    _gradient(out, z, row_grad, lse, target, options, of_lse, of_target)
     return out
 
 
-@_grad.register_fake
+@_grad_op.register_fake
 def _(row_grad, lse, logits, *_):  # type: ignore[no-untyped-def]
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
@@ -210,8 +297,11 @@ def _grad_(
     label_smoothing: float,
     softcap: float,
     z_loss: float,
+    of_lse: Tensor | None = None,
+    of_target: Tensor | None = None,
 ) -> None:
-    _gradient(logits, logits, row_grad, lse, target, kernels().options(ignore_index, label_smoothing, softcap, z_loss, weight))
+    options = kernels().options(ignore_index, label_smoothing, softcap, z_loss, weight)
+    _gradient(logits, logits, row_grad, lse, target, options, of_lse, of_target)
 
 
 @_grad_.register_fake
@@ -219,34 +309,63 @@ def _(*_):  # type: ignore[no-untyped-def]
     return None
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # the types are torch's own
+def _setup_grad(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # the types are torch's own
+    row_grad, _, logits, target, weight, *ctx.options, of_lse, of_target = inputs
+    ctx.save_for_backward(row_grad, of_lse, of_target, logits, target, weight)
+
+
+def _grad_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    row_grad, of_lse, of_target, logits, target, weight = ctx.saved_tensors
+
+    options: Any = *ctx.options, False, True
+
+    def losses(logits: Tensor) -> Tensors:
+        return per_token(cross_entropy_reference(logits, target, weight, "none", *options))
+
+    upstream = present(loss=row_grad, lse=of_lse, target_logits=of_target)
+    up, of = second_derivative(losses, upstream, {"logits": logits}, {"logits": grad})
+    # What it says of lse is in the gradient of the logits already.
+    return up["loss"], None, of["logits"], *(None,) * 6, up.get("lse"), up.get("target_logits")
+
+
+_grad = register_autograd(_grad_op, _grad_backward, _setup_grad)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     logits, target, weight, *ctx.options, _, ctx.inplace = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.mark_non_differentiable(output[3])
     ctx.save_for_backward(output[1], logits, target, weight)
 
 
-def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
+def given_gradients(
+    lse: Tensor, of_loss: Tensor | None, of_lse: Tensor | None, of_target: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What a kernel takes: those of the loss of each token, and of lse and the target logit both or none."""
+    of_loss = torch.zeros_like(lse) if of_loss is None else of_loss
+    if of_lse is None and of_target is None:
+        return of_loss, None, None
+    of_lse, of_target = (torch.zeros_like(lse) if grad is None else grad.contiguous() for grad in (of_lse, of_target))
+    return of_loss, of_lse, of_target
+
+
+def _backward(ctx, grad_loss, *of_aux):  # type: ignore[no-untyped-def]
     nothing = (None,) * 8
-    if grad_loss is None or not ctx.needs_input_grad[0]:
+    of_lse, of_target = of_aux[:2]
+    if not ctx.needs_input_grad[0] or (grad_loss is None and of_lse is None and of_target is None):
         return None, *nothing
     lse, logits, target, weight = ctx.saved_tensors
-    if ctx.inplace and logits.stride(-1) == 1:
+    grad_loss, of_lse, of_target = given_gradients(lse, grad_loss, of_lse, of_target)
+    # Where the gradient itself is differentiated the logits are still wanted.
+    if ctx.inplace and logits.stride(-1) == 1 and not torch.is_grad_enabled():
         # Detached, it still counts as changed: a second backward over the same graph is refused by autograd.
         logits = logits.detach()
-        _grad_(grad_loss, lse, logits, target, weight, *ctx.options)
+        _grad_(grad_loss, lse, logits, target, weight, *ctx.options, of_lse, of_target)
         return logits, *nothing
-    return _grad(grad_loss, lse, logits, target, weight, *ctx.options), *nothing
+    return _grad(grad_loss, lse, logits, target, weight, *ctx.options, of_lse, of_target), *nothing
 
 
-_forward.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _no_second_derivative(ctx, *_):  # type: ignore[no-untyped-def]
-    raise NotImplementedError("cross_entropy has no second derivative (use backend='reference' for create_graph=True)")
-
-
-_grad.register_autograd(_no_second_derivative)
+_forward = register_autograd(_forward_op, _backward, _setup_context)
 
 
 def _triton(
@@ -261,22 +380,28 @@ def _triton(
     inplace_backward: bool,
     return_aux: bool,
 ) -> Any:
-    if logits.dtype == torch.float64 or divided_twice(weight, reduction, z_loss):
+    if logits.dtype == torch.float64:
+        if not checks_values(logits.device.type):
+            rows, target = nan_rows(target, logits.shape[1], ignore_index)
+            logits = logits + rows
         return cross_entropy_reference(
             logits, target, weight, reduction, ignore_index, label_smoothing, softcap, z_loss, False, return_aux
         )
     refuse_forward_mode("cross_entropy", logits)
     # Under torch.compile it is the compiler that decides what memory is used again.
     inplace = inplace_backward and not torch.compiler.is_compiling()
+    apart = divided_twice(weight, reduction, z_loss)
     loss, lse, target_logits, correct = _forward(
-        logits, target, weight, ignore_index, label_smoothing, softcap, z_loss, return_aux, inplace
+        logits, target, weight, ignore_index, label_smoothing, softcap, 0.0 if apart else z_loss, return_aux, inplace
     )
     loss = reduced(loss, target, weight, reduction, ignore_index)
+    if apart:
+        loss = loss + z_penalty(lse, target != ignore_index, z_loss, reduction)
     return (loss, CrossEntropyAux(target_logits, lse, correct)) if return_aux else loss
 
 
 def divided_twice(weight: Tensor | None, reduction: str, z_loss: float) -> bool:
-    """A mean with class weights divides the two parts of the loss by different numbers: left to the reference."""
+    """A mean with class weights divides the two parts of the loss by different numbers: the second one is made of lse."""
     return weight is not None and z_loss > 0.0 and reduction == "mean"
 
 
@@ -290,53 +415,58 @@ register(
 # --- public ---------------------------------------------------------------------------------------------------------
 
 
-def cross_entropy(
-    logits: Tensor,
+def class_dimension(shape: Sequence[int], target: Tensor) -> int:
+    """Where logits of this shape have their classes: last, or second, as PyTorch has them. The target says which."""
+    last = len(shape) - 1
+    indices = {c for c in (1, last) if 0 <= c <= last and target.shape == (*shape[:c], *shape[c + 1 :])}
+    if target.is_floating_point():
+        if indices:
+            raise TypeError(f"target: got dtype {target.dtype}, class indices in this shape are int64 or uint8")
+        fits = {min(last, 1)} if target.shape == shape and shape else set()
+    else:
+        fits = indices
+    if not fits:
+        raise ValueError(
+            f"target: got shape {tuple(target.shape)}, logits {tuple(shape)} need class indices {tuple(shape[:-1])}, with the "
+            f"classes last, or without the second dimension, as PyTorch has them, or probabilities {tuple(shape)}"
+        )
+    if len(fits) > 1 and shape[-1] != 1 and 0 not in shape:  # of a single class both readings say the same
+        raise ValueError(
+            f"target: got shape {tuple(target.shape)}, and logits {tuple(shape)} have their classes last or, as PyTorch has "
+            "them, second: both fit. Say which with a row for each target: input.flatten(0, -2), or "
+            "input.movedim(1, -1).flatten(0, -2), and target.flatten()"
+        )
+    return max(fits)
+
+
+def computed(
+    function: Callable[..., Any],
+    input: Tensor,
     target: Tensor,
-    weight: Tensor | None = None,
-    *,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    softcap: float = 0.0,
-    z_loss: float = 0.0,
-    inplace_backward: bool = False,
-    return_aux: bool = False,
-    backend: str | None = None,
+    classes: int,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    z_loss: float,
+    inplace_backward: bool,
+    return_aux: bool,
 ) -> Any:
-    """`torch.nn.functional.cross_entropy` of class indices, with softcap, z-loss and a gradient that can take no memory.
-
-    logits (..., V) floating, classes last; target (...) int64 with values 0..V-1 or ignore_index; weight (V) rescales
-    classes; softcap c > 0 replaces logits z by c tanh(z / c); z_loss adds z_loss * logsumexp(z)^2 per token. Computed in
-    float32 whatever autocast says; returns a float32 (float64 for float64 logits) scalar, or one loss per token in the shape
-    of target for reduction="none". With every target ignored the mean is NaN, as in PyTorch. return_aux=True returns
-    (loss, CrossEntropyAux): target logit, log-sum-exp and whether the prediction is right, per token.
-
-    inplace_backward=True lets the Triton backward write the gradient over the logits: nothing may read them afterwards, and
-    autograd refuses a second backward. Other implementations and compiled graphs ignore it.
-
-    Raises ValueError or TypeError for shapes, dtypes, devices and options that do not fit. A target out of range raises
-    IndexError on the CPU and under `debug_checks()`; otherwise its loss and its gradient are NaN on a GPU.
-    """
-    if not logits.is_floating_point():
-        raise TypeError(f"logits: got dtype {logits.dtype}, allowed are floating-point dtypes")
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits: got shape {tuple(logits.shape)}, need (..., V) with V at least 1")
-    if target.dtype != torch.int64:
-        raise TypeError(f"target: got dtype {target.dtype}, allowed is int64")
-    if target.shape != logits.shape[:-1]:
-        raise ValueError(f"target: got shape {tuple(target.shape)}, logits need {tuple(logits.shape[:-1])}")
-    if weight is not None and weight.shape != logits.shape[-1:]:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, logits need ({logits.shape[-1]},)")
-    check_options(reduction, label_smoothing, softcap, z_loss)
-    check_devices(logits=logits, target=target, weight=weight)
-    function = choose("cross_entropy", logits.device.type, backend)
-    flat = target.reshape(-1)
-    if checks_values(logits.device.type):
-        check_targets(flat, logits.shape[-1], ignore_index)
+    """`function` of logits whose classes are dimension `classes`, as rows."""
+    if classes != input.dim() - 1:
+        input = input.movedim(classes, -1)
+        target = target.movedim(classes, -1) if target.is_floating_point() else target
+    vocabulary, shape = input.shape[-1], input.shape[:-1]
+    if target.is_floating_point():
+        function, target = cross_entropy_reference, target.reshape(-1, vocabulary)
+    else:
+        target = target.reshape(-1).long()
+        if checks_values(input.device.type):
+            check_targets(target, vocabulary, ignore_index)
     result = function(
-        logits.reshape(-1, logits.shape[-1]),
-        flat,
+        input.reshape(-1, vocabulary),
+        target,
         weight,
         reduction,
         ignore_index,
@@ -346,8 +476,76 @@ def cross_entropy(
         inplace_backward,
         return_aux,
     )
-    loss, aux = result if return_aux else (result, None)
-    return shaped(loss, aux, target, reduction, return_aux)
+    return shaped(result, shape, reduction, return_aux)
+
+
+def legacy_reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    """PyTorch's arguments of old, which override `reduction` and warn."""
+    if size_average is None and reduce is None:
+        return reduction
+    return _reduction.legacy_get_string(size_average, reduce)
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    softcap: float = 0.0,
+    z_loss: float = 0.0,
+    inplace_backward: bool = False,
+    return_aux: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """`torch.nn.functional.cross_entropy`, with softcap, z-loss and a gradient that can take no memory.
+
+    input (..., V) floating, logits with their classes last; target (...) int64 or uint8 with values 0..V-1 or ignore_index;
+    weight (V) rescales classes; softcap c > 0 replaces logits z by c tanh(z / c); z_loss adds z_loss * logsumexp(z)^2 per
+    token. Computed in float32 whatever autocast says; returns a float32 (float64 for float64 logits) scalar, or one loss per
+    token in the shape of target for reduction="none". With every target ignored the mean is NaN and its gradient 0, as in
+    PyTorch. return_aux=True returns (loss, CrossEntropyAux): target logit and log-sum-exp, which have gradients, and whether
+    the prediction is right, per token.
+
+    What else PyTorch takes, it takes: input (N, V, d1, ...) with target (N, d1, ...), and class probabilities, a floating
+    target of the shape of input, (V), (N, V) or (N, V, d1, ...), by PyTorch's own operators. Where more than two dimensions
+    fit both readings, such as (N, V, V) with (N, V), it raises ValueError.
+
+    inplace_backward=True lets the Triton backward write the gradient over the logits: nothing may read them afterwards, and
+    autograd refuses a second backward. Other implementations and compiled graphs ignore it.
+
+    Raises ValueError or TypeError for shapes, dtypes, devices and options that do not fit. A target out of range raises
+    IndexError on the CPU and under `debug_checks()`; otherwise its loss and its gradient are NaN on a GPU.
+    """
+    if not input.is_floating_point():
+        raise TypeError(f"input: got dtype {input.dtype}, allowed are floating-point dtypes")
+    reduction = legacy_reduction(size_average, reduce, reduction)
+    check_target_dtype(target, ignore_index, return_aux)
+    classes = class_dimension(input.shape, target)
+    if input.shape[classes] == 0:
+        raise ValueError(f"input: got shape {tuple(input.shape)}, need at least 1 class")
+    check_weight(weight, input.shape[classes], target)
+    check_options(reduction, label_smoothing, softcap, z_loss)
+    check_devices(input=input, target=target, weight=weight)
+    function = choose("cross_entropy", input.device.type, backend)
+    return computed(
+        function,
+        input,
+        target,
+        classes,
+        weight,
+        reduction,
+        ignore_index,
+        label_smoothing,
+        softcap,
+        z_loss,
+        inplace_backward,
+        return_aux,
+    )
 
 
 __all__ = ["CrossEntropyAux", "cross_entropy", "cross_entropy_reference"]

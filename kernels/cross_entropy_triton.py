@@ -144,6 +144,8 @@ def _gradient(
     Target,
     Lse,
     RowGrad,
+    OfLse,
+    OfTarget,
     Flags,
     stride_zm,
     stride_om,
@@ -179,8 +181,12 @@ def _gradient(
     y = tl.load(Target + row, mask=some, other=ignore_index)
     valid = y != ignore_index  # other rows are not read: their gradient is exactly zero, whatever the logits hold
     inside = (y >= 0) & (y < vocabulary)
+    wanted = valid
+    if OfLse is not None:
+        of_lse = tl.load(OfLse + row, mask=some, other=0.0)
+        wanted = valid | (of_lse != 0.0)  # an ignored token has a log-sum-exp all the same
 
-    lse = tl.load(Lse + row, mask=valid, other=0.0)
+    lse = tl.load(Lse + row, mask=wanted, other=0.0)
     at_target = tl.full((BLOCK_M,), 1.0, tl.float32) - smoothing
     if ClassWeight is not None:
         at_target *= tl.load(ClassWeight + y, mask=valid & inside, other=0.0)
@@ -192,9 +198,10 @@ def _gradient(
     row_grad = tl.where(valid & ~inside, float("nan"), row_grad)
 
     reads = column < row_end
-    z = tl.load(Z + row64[:, None] * stride_zm + column[None, :], mask=valid[:, None] & reads[None, :], other=0.0)
+    z = tl.load(Z + row64[:, None] * stride_zm + column[None, :], mask=wanted[:, None] & reads[None, :], other=0.0)
     z = _capped(z, softcap, SOFTCAP)
-    grad = of_softmax[:, None] * tl.exp(z - lse[:, None])
+    probability = tl.exp(z - lse[:, None])
+    grad = of_softmax[:, None] * probability
     if SMOOTHING:
         uniform = smoothing / vocabulary
         if ClassWeight is not None:
@@ -215,6 +222,14 @@ def _gradient(
         flag_ptrs = Flags + row64[:, None] * stride_flags + tile[None, :]
         tl.store(flag_ptrs, counts, mask=some[:, None] & (tile * TILE < width)[None, :])
     grad *= row_grad[:, None]  # which is 0 where `valid` is not
+    if OfLse is not None:
+        of_target = tl.load(OfTarget + row, mask=valid, other=0.0)
+        more = of_lse[:, None] * probability
+        more = tl.where(column[None, :] == (y - first)[:, None], more + of_target[:, None], more)
+        if SOFTCAP:
+            capped = z / softcap
+            more *= 1 - capped * capped
+        grad += tl.where(wanted[:, None] & exists[None, :], more, 0.0)
     out_ptrs = Out + row64[:, None] * stride_om + column[None, :]
     tl.store(out_ptrs, grad.to(Out.dtype.element_ty), mask=some[:, None] & reads[None, :])
 
@@ -317,16 +332,18 @@ def gradient(
     x: Options,
     flags: Tensor | None = None,
     padded: bool = False,
+    of_lse: Tensor | None = None,
+    of_target: Tensor | None = None,
 ) -> None:
-    """Logits z (N, width) of columns first.. to their gradient in out, which may be z. flags (N, tiles) int8 are filled for
-    `FLAG_TILE` columns each where given."""
+    """Logits z (N, width) of columns first.. to their gradient in out, which may be z, given that of each token's loss and,
+    both or none, of its lse and its target logit. flags (N, tiles) int8 are filled for `FLAG_TILE` columns each where given."""
     n, width = z.shape
     if n == 0:
         return
     block_m, block_n, num_warps = _block_of(z, padded)
     with device_of(z):
         _gradient[(cdiv(n, block_m) * cdiv(width, block_n),)](
-            z, out, x.class_weight, x.weight_sum, target, lse, row_grad, flags, z.stride(0), out.stride(0),
+            z, out, x.class_weight, x.weight_sum, target, lse, row_grad, of_lse, of_target, flags, z.stride(0), out.stride(0),
             row_grad.stride(0), 0 if flags is None else flags.stride(0), first, width, _row_end(width, padded), n, vocabulary,
             x.ignore_index, x.label_smoothing, x.softcap or 1.0, x.z_loss, resolution(out.dtype),
             SMOOTHING=x.label_smoothing > 0, SOFTCAP=x.softcap > 0, TILE=FLAG_TILE, BLOCK_M=block_m, BLOCK_N=block_n,

@@ -9,8 +9,9 @@ need lse and nothing else of the row, so pieces of the logits suffice. row_grad,
 per token whatever the reduction.
 
 On the CPU pieces are chunks of tokens, and the gradients of input, weight and bias are made in the same pass as the loss,
-while the chunk is in cache: the backward only multiplies them by the incoming scalar. For reduction="none" the upstream
-gradients are not known yet, so the backward runs the chunks again. On a GPU pieces are chunks of the vocabulary
+while the chunk is in cache: the backward only multiplies them by the incoming scalar. Where that is not enough (for
+reduction="none", where lse or target logits are differentiated, under torch.func and for a second derivative) the backward
+runs the chunks again. On a GPU pieces are chunks of the vocabulary
 (linear_cross_entropy_triton.py, imported at first use), the forward leaves lse, and the backward makes the gradients for the
 upstream gradients that come: one way for every reduction.
 """
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._autograd import register_autograd
 from ._dispatch import (
     NAMESPACE,
     Implementation,
@@ -38,18 +40,41 @@ from ._dispatch import (
 )
 from .cross_entropy import (
     CrossEntropyAux,
+    Tensors,
     check_devices,
     check_options,
+    check_target_dtype,
     check_targets,
+    check_weight,
+    computed,
     cross_entropy_reference,
     divided_twice,
     empty_rows,
+    given_gradients,
+    nan_rows,
+    per_token,
+    present,
     reduced,
+    second_derivative,
     shaped,
+    z_penalty,
 )
 from .cross_entropy import kernels as row_kernels
 
 # --- reference ------------------------------------------------------------------------------------------------------
+
+
+def _logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+    """F.linear, of factors of different dtypes too."""
+    dtype = compute_dtype(input, linear_weight)
+    return F.linear(input.to(dtype), linear_weight.to(dtype), None if linear_bias is None else linear_bias.to(dtype))
+
+
+def compute_dtype(input: Tensor, linear_weight: Tensor) -> torch.dtype:
+    """Of the matrix products: autocast's where it is on, as F.linear."""
+    if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(input.device.type)
+    return torch.promote_types(input.dtype, linear_weight.dtype)
 
 
 def linear_cross_entropy_reference(
@@ -67,7 +92,7 @@ def linear_cross_entropy_reference(
     return_aux: bool = False,
 ) -> Any:
     """The loss of input (N, D) and target (N); with return_aux (loss, CrossEntropyAux). It filters nothing."""
-    logits = F.linear(input, linear_weight, linear_bias)  # (N, V)
+    logits = _logits(input, linear_weight, linear_bias)  # (N, V)
     return cross_entropy_reference(
         logits, target, weight, reduction, ignore_index, label_smoothing, softcap, z_loss, return_aux=return_aux
     )
@@ -91,14 +116,17 @@ def _chunked_cpu(
     z_loss: float,
     needs: tuple[bool, bool, bool],
     aux: bool,
+    of_lse: Tensor | None = None,
+    of_target: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Per-token loss (N) in float32 and the gradients asked for by `needs` (input, weight, bias), for the given
-    d objective / d loss of each token, then lse, target logits and hits where `aux` asks for them. The C++ twin in
-    csrc/linear_cross_entropy.cpp does the same in fewer passes, without the last three."""
+    d objective / d loss of each token (and, both or none, of its lse and target logit), then lse, and target logits and hits
+    where `aux` asks for them. The C++ twin in csrc/linear_cross_entropy.cpp does the same in fewer passes, without what is of
+    lse and target logits."""
     n, d = input.shape
     v = linear_weight.shape[0]
     loss, all_lse, target_logits, correct = empty_rows(target, aux)
-    d_input = torch.empty_like(input) if needs[0] else input.new_empty(0)
+    d_input = input.new_empty(input.shape if needs[0] else 0, dtype=_held(input.dtype))
     d_weight = torch.zeros(v, d) if needs[1] else torch.empty(0)
     d_bias = torch.zeros(v) if needs[2] else torch.empty(0)
     rows = max(16, min(256, _CHUNK_BYTES // (4 * v)))
@@ -130,10 +158,14 @@ def _chunked_cpu(
         if row_grad is None:
             continue
         up = torch.where(valid, row_grad[begin : begin + rows], 0.0)
-        z *= (up * (1 + 2 * z_loss * lse))[:, None]
+        of_softmax, at_target = up * (1 + 2 * z_loss * lse), (label_smoothing - 1) * up
+        if of_lse is not None and of_target is not None:
+            of_softmax = of_softmax + of_lse[begin : begin + rows]
+            at_target = at_target + torch.where(valid, of_target[begin : begin + rows], 0.0)
+        z *= of_softmax[:, None]
         if label_smoothing > 0.0:
             z -= (up * (label_smoothing / v))[:, None]
-        z.scatter_add_(1, y[:, None], -((1 - label_smoothing) * up)[:, None])
+        z.scatter_add_(1, y[:, None], at_target[:, None])
         if slope is not None:
             z *= slope
         if needs[0]:
@@ -157,9 +189,17 @@ def _cpu(
     z_loss: float,
     needs: tuple[bool, bool, bool],
     aux: bool,
+    of_lse: Tensor | None = None,
+    of_target: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     check_targets(target, linear_weight.shape[0], ignore_index)
-    if aux or extension()[0] is None or softcap > 0.0 or input.dtype not in (torch.float32, torch.bfloat16):
+    if (
+        aux
+        or of_lse is not None
+        or extension()[0] is None
+        or softcap > 0.0
+        or input.dtype not in (torch.float32, torch.bfloat16)
+    ):
         return _chunked_cpu(
             input,
             linear_weight,
@@ -172,6 +212,8 @@ def _cpu(
             z_loss,
             needs,
             aux,
+            of_lse,
+            of_target,
         )
     loss, lse, d_input, d_weight, d_bias = torch.ops.wikigpt.linear_cross_entropy_cpu(
         input,
@@ -187,13 +229,18 @@ def _cpu(
     return loss, d_input, d_weight, d_bias, lse, *empty_rows(target, False)[2:]
 
 
-# --- registered op: CPU --------------------------------------------------------------------------------------------------
+# --- registered ops: CPU -------------------------------------------------------------------------------------------------
+
+
+def _held(dtype: torch.dtype) -> torch.dtype:
+    """Of a gradient that waits for the loss's own: a loss scale brings what float16 cannot hold yet, or no longer, into it."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _row_grad(target: Tensor, ignore_index: int, reduction: str) -> Tensor:
     """d objective / d loss of each token for the reductions that fix it."""
-    valid = (target != ignore_index).float()
-    return valid / valid.sum() if reduction == "mean" else valid
+    valid = target != ignore_index
+    return torch.where(valid, 1.0 / valid.sum(), 0.0) if reduction == "mean" else valid.float()
 
 
 @torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy", mutates_args=(), device_types="cpu")
@@ -202,7 +249,6 @@ def _op(
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     target: Tensor,
-    upstream: Tensor | None,
     reduction: str,
     ignore_index: int,
     label_smoothing: float,
@@ -213,13 +259,9 @@ def _op(
     needs_bias: bool,
     aux: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, gradients of it where they are needed and the reduction fixes them, lse, target logits, hits)."""
     needs = (needs_input, needs_weight, needs_bias)
-    if upstream is not None:
-        row_grad = torch.where(target != ignore_index, upstream.float(), 0.0)
-    elif reduction != "none" and any(needs):
-        row_grad = _row_grad(target, ignore_index, reduction)
-    else:
-        row_grad, needs = None, (False, False, False)
+    row_grad = _row_grad(target, ignore_index, reduction) if any(needs) and reduction != "none" else None
     loss, d_input, d_weight, d_bias, lse, target_logits, correct = _cpu(
         input,
         linear_weight,
@@ -230,22 +272,40 @@ def _op(
         label_smoothing,
         softcap,
         z_loss,
-        needs,
+        needs if row_grad is not None else (False, False, False),
         aux,
     )
     loss = reduced(loss, target, None, reduction, ignore_index)
-    d_weight, d_bias = d_weight.to(linear_weight.dtype), d_bias.to(linear_weight.dtype)
-    return loss, d_input, d_weight, d_bias, lse, target_logits, correct
+    d_bias = d_bias if linear_bias is None else d_bias.to(_held(linear_bias.dtype))
+    return loss, d_input, d_weight.to(_held(linear_weight.dtype)), d_bias, lse, target_logits, correct
 
 
 @_op.register_fake
-def _(
+def _(input, linear_weight, linear_bias, target, reduction, *rest):  # type: ignore[no-untyped-def]
+    *_, needs_input, needs_weight, needs_bias, aux = rest
+    now = reduction != "none"
+    loss, lse, target_logits, correct = empty_rows(target, aux)
+    return (
+        loss if reduction == "none" else input.new_empty((), dtype=torch.float32),
+        input.new_empty(input.shape if needs_input and now else 0, dtype=_held(input.dtype)),
+        input.new_empty(linear_weight.shape if needs_weight and now else 0, dtype=_held(linear_weight.dtype)),
+        input.new_empty(
+            linear_weight.shape[0] if needs_bias and now else 0,
+            dtype=torch.float32 if linear_bias is None else _held(linear_bias.dtype),
+        ),
+        lse,
+        target_logits,
+        correct,
+    )
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy_cpu_backward", mutates_args=(), device_types="cpu")
+def _cpu_gradients_op(
+    row_grad: Tensor,
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     target: Tensor,
-    upstream: Tensor | None,
-    reduction: str,
     ignore_index: int,
     label_smoothing: float,
     softcap: float,
@@ -253,68 +313,113 @@ def _(
     needs_input: bool,
     needs_weight: bool,
     needs_bias: bool,
-    aux: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    made = upstream is not None or reduction != "none"
-    loss = input.new_empty(target.shape if reduction == "none" else (), dtype=torch.float32)
-    d_input = input.new_empty(input.shape if needs_input and made else (0,))
-    d_weight = linear_weight.new_empty(linear_weight.shape if needs_weight and made else (0,))
-    d_bias = linear_weight.new_empty(linear_weight.shape[:1] if needs_bias and made else (0,))
-    return loss, d_input, d_weight, d_bias, *empty_rows(target, aux)[1:]
+    of_lse: Tensor | None = None,
+    of_target: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input, linear_weight and linear_bias, given those of each token's loss, lse and target logit."""
+    needs = (needs_input, needs_weight, needs_bias)
+    _, d_input, d_weight, d_bias, *_ = _cpu(
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        torch.where(target != ignore_index, row_grad.float(), 0.0),
+        ignore_index,
+        label_smoothing,
+        softcap,
+        z_loss,
+        needs,
+        False,
+        of_lse,
+        of_target,
+    )
+    d_bias = d_bias if linear_bias is None else d_bias.to(linear_bias.dtype)
+    return d_input.to(input.dtype), d_weight.to(linear_weight.dtype), d_bias
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # the types are torch's own
-    input, linear_weight, linear_bias, target, _, ctx.reduction, *ctx.options, _, _, _, _ = inputs
-    ctx.has_bias = linear_bias is not None
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    if ctx.reduction == "none":
-        ctx.save_for_backward(input, linear_weight, target, *([linear_bias] if ctx.has_bias else []))
-    else:
-        ctx.save_for_backward(*output[1:4])
-
-
-def _times(grad: Tensor, scale: Tensor) -> Tensor:
-    # Almost always the loss is what backward() starts from, and a pass over a gradient of the vocabulary's size is not free.
-    if type(scale) is Tensor and scale.device.type == "cpu" and scale.item() == 1.0:
-        return grad
-    return grad * scale.to(grad.dtype)
-
-
-def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
-    nothing = (None,) * 10
-    needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    if grad_loss is None:
-        return None, None, None, None, *nothing
-    if ctx.reduction == "none":
-        input, linear_weight, target, *bias = ctx.saved_tensors
-        _, d_input, d_weight, d_bias, *_ = _op(
-            input,
-            linear_weight,
-            bias[0] if bias else None,
-            target,
-            grad_loss,
-            "none",
-            *ctx.options,
-            needs_input,
-            needs_weight,
-            needs_bias,
-            False,
-        )
-    else:
-        d_input, d_weight, d_bias = (
-            _times(grad, grad_loss) if needed else grad for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:3])
-        )
+@_cpu_gradients_op.register_fake
+def _(row_grad, input, linear_weight, linear_bias, *rest):  # type: ignore[no-untyped-def]
+    needs_input, needs_weight, needs_bias = rest[5:8]
+    bias = row_grad.float() if linear_bias is None else linear_bias
     return (
-        d_input if needs_input else None,
-        d_weight if needs_weight else None,
-        d_bias if needs_bias and ctx.has_bias else None,
-        None,
-        *nothing,
+        input.new_empty(input.shape if needs_input else 0),
+        linear_weight.new_empty(linear_weight.shape if needs_weight else 0),
+        bias.new_empty(linear_weight.shape[0] if needs_bias else 0),
     )
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
+def _again(leaves: Tensors, upstream: Tensors, grads: Tensors, target: Tensor, weight: Tensor | None, *options: Any) -> Any:
+    """Gradients of a backward: of its upstream gradients and of input, linear_weight and linear_bias."""
+
+    every: Any = *options, False, True
+
+    def losses(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None = None) -> Tensors:
+        # In float32: in 16 bits the first derivative inside would be rounded.
+        input, linear_weight = input.float(), linear_weight.float()
+        bias = None if linear_bias is None else linear_bias.float()
+        return per_token(linear_cross_entropy_reference(input, linear_weight, target, bias, weight, "none", *every))
+
+    return second_derivative(losses, upstream, leaves, grads)
+
+
+def _setup_gradients(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # the types are torch's own
+    row_grad, input, linear_weight, linear_bias, target, *rest, of_lse, of_target = inputs
+    ctx.options, ctx.needs = rest[:4], rest[4:]
+    ctx.save_for_backward(row_grad, of_lse, of_target, input, linear_weight, linear_bias, target)
+
+
+def _gradients_backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    row_grad, of_lse, of_target, input, linear_weight, linear_bias, target = ctx.saved_tensors
+    leaves = present(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
+    upstream = present(loss=row_grad, lse=of_lse, target_logits=of_target)
+    given = {
+        name: grad if need else torch.zeros_like(leaf) for (name, leaf), grad, need in zip(leaves.items(), grads, ctx.needs)
+    }
+    up, of = _again(leaves, upstream, given, target, None, *ctx.options)
+    return up["loss"], *(of.get(name) for name in _LEAVES), *(None,) * 8, up.get("lse"), up.get("target_logits")
+
+
+_LEAVES = ("input", "linear_weight", "linear_bias")
+_cpu_gradients = register_autograd(_cpu_gradients_op, _gradients_backward, _setup_gradients)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    input, linear_weight, linear_bias, target, ctx.reduction, *ctx.options, _, _, _, _ = inputs
+    ctx.made = tuple(need and ctx.reduction != "none" for need in inputs[-4:-1])
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:4], output[6])
+    ctx.save_for_backward(*output[1:4], input, linear_weight, linear_bias, target)
+
+
+def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient that was made in the forward, times that of the loss. While the graph lives on, what is saved is never
+    handed out, because whoever gets it may change it."""
+    # Almost always the loss is what backward() starts from, and a pass over a gradient of the vocabulary's size is not free.
+    if type(scale) is Tensor and scale.device.type == "cpu" and scale.item() == 1.0:
+        return grad.to(dtype, copy=torch._C._autograd._get_current_graph_task_keep_graph())
+    return (grad * scale).to(dtype)
+
+
+def _backward(ctx, grad_loss, *of_others):  # type: ignore[no-untyped-def]
+    nothing = (None,) * 10
+    of_lse, of_target = of_others[3:5]
+    if grad_loss is None and of_lse is None and of_target is None:
+        return None, None, None, *nothing
+    *held, input, linear_weight, linear_bias, target = ctx.saved_tensors
+    leaves, needs = (input, linear_weight, linear_bias), ctx.needs_input_grad[:3]
+    ready = all(made or not need for made, need in zip(ctx.made, needs)) and of_lse is None and of_target is None
+    if ready and not torch.is_grad_enabled():  # grad mode is on where the gradient itself will be differentiated
+        grads = [_scaled(grad, grad_loss, x.dtype) if need else None for grad, x, need in zip(held, leaves, needs)]
+        return *grads, *nothing
+    if ctx.reduction != "none" and grad_loss is not None:
+        grad_loss = grad_loss * _row_grad(target, ctx.options[0], ctx.reduction)
+    per_token = target.new_empty(target.shape, dtype=torch.float32)
+    grad_loss, of_lse, of_target = given_gradients(per_token, grad_loss, of_lse, of_target)
+    grads = _cpu_gradients(grad_loss, *leaves, target, *ctx.options, *needs, of_lse, of_target)
+    return *(grad if need else None for grad, need in zip(grads, needs)), *nothing
+
+
+_loss = register_autograd(_op, _backward, _setup_context)
 
 
 def _fused(
@@ -331,7 +436,7 @@ def _fused(
     filter_gradients: bool = False,
     return_aux: bool = False,
 ) -> Any:
-    if weight is not None or input.dtype == torch.float64:
+    if weight is not None or torch.float64 in (input.dtype, linear_weight.dtype):
         # Class weights and float64 are for small problems and for tests.
         return linear_cross_entropy_reference(
             input,
@@ -347,21 +452,21 @@ def _fused(
             return_aux=return_aux,
         )
     refuse_forward_mode("linear_cross_entropy", input, linear_weight, linear_bias)
-    grad = torch.is_grad_enabled()
-    loss, _, _, _, lse, target_logits, correct = _op(
+    # Under torch.func the backward is asked for a gradient that can be differentiated, which is made there.
+    ahead = torch.is_grad_enabled() and (torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active())
+    loss, _, _, _, lse, target_logits, correct = _loss(
         input,
         linear_weight,
         linear_bias,
         target,
-        None,
         reduction,
         ignore_index,
         label_smoothing,
         softcap,
         z_loss,
-        grad and input.requires_grad,
-        grad and linear_weight.requires_grad,
-        grad and linear_bias is not None and linear_bias.requires_grad,
+        ahead and input.requires_grad,
+        ahead and linear_weight.requires_grad,
+        ahead and linear_bias is not None and linear_bias.requires_grad,
         return_aux,
     )
     return (loss, CrossEntropyAux(target_logits, lse, correct)) if return_aux else loss
@@ -405,7 +510,7 @@ def _sweeps() -> Any:
 
 
 @torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy_forward", mutates_args=())
-def _losses(
+def _losses_op(
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
@@ -426,14 +531,14 @@ def _losses(
     return rows.loss, rows.lse, rows.target_logits, rows.correct, logits
 
 
-@_losses.register_fake
+@_losses_op.register_fake
 def _(input, linear_weight, linear_bias, weight, target, *rest):  # type: ignore[no-untyped-def]
     *_, aux, keep, _ = rest
     return *empty_rows(target, aux), buffers(input, linear_weight.shape[0], True) if keep else input.new_empty(0)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy_backward", mutates_args=())
-def _gradients(
+def _gradients_op(
     row_grad: Tensor,
     lse: Tensor,
     logits: Tensor,
@@ -450,18 +555,21 @@ def _gradients(
     needs_input: bool,
     needs_weight: bool,
     needs_bias: bool,
+    of_lse: Tensor | None = None,
+    of_target: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = row_kernels().options(ignore_index, label_smoothing, softcap, z_loss, weight)
     needs = (needs_input, needs_weight, needs_bias)
     d_input, d_weight, d_bias = _sweeps().gradients(
-        row_grad, lse, logits, input, linear_weight, linear_bias, target.contiguous(), options, needs, filter_gradients
-    )
+        row_grad, lse, logits, input, linear_weight, linear_bias, target.contiguous(), options, needs, filter_gradients,
+        of_lse, of_target,
+    )  # fmt: skip
     return d_input, d_weight, d_bias if linear_bias is None else d_bias.to(linear_bias.dtype)
 
 
-@_gradients.register_fake
+@_gradients_op.register_fake
 def _(row_grad, lse, logits, input, linear_weight, linear_bias, *rest):  # type: ignore[no-untyped-def]
-    *_, needs_input, needs_weight, needs_bias = rest
+    needs_input, needs_weight, needs_bias = rest[7:10]
     bias = lse if linear_bias is None else linear_bias
     return (
         input.new_empty(input.shape if needs_input else 0),
@@ -470,37 +578,48 @@ def _(row_grad, lse, logits, input, linear_weight, linear_bias, *rest):  # type:
     )
 
 
+def _setup_triton_gradients(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    row_grad, _, _, *tensors = inputs[:8]
+    _, *ctx.needs, of_lse, of_target = inputs[12:]
+    ctx.options = inputs[8:12]
+    ctx.save_for_backward(row_grad, of_lse, of_target, *tensors)
+
+
+def _triton_gradients_backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    row_grad, of_lse, of_target, input, linear_weight, linear_bias, weight, target = ctx.saved_tensors
+    leaves = present(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
+    upstream = present(loss=row_grad, lse=of_lse, target_logits=of_target)
+    given = {
+        name: grad if need else torch.zeros_like(leaf) for (name, leaf), grad, need in zip(leaves.items(), grads, ctx.needs)
+    }
+    up, of = _again(leaves, upstream, given, target, weight, *ctx.options)
+    # What it says of lse and of the logits that are kept is in the gradients of what they are made of.
+    return up["loss"], None, None, *(of.get(name) for name in _LEAVES), *(None,) * 10, up.get("lse"), up.get("target_logits")
+
+
+_gradients = register_autograd(_gradients_op, _triton_gradients_backward, _setup_triton_gradients)
+
+
 def _setup_triton(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     input, linear_weight, linear_bias, weight, target, *ctx.options, _, _, ctx.filtering = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.mark_non_differentiable(*output[3:])
     ctx.save_for_backward(output[1], output[4], input, linear_weight, linear_bias, weight, target)
 
 
-def _backward_triton(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
+def _backward_triton(ctx, grad_loss, *of_aux):  # type: ignore[no-untyped-def]
     nothing = (None,) * 9
-    if grad_loss is None:
+    of_lse, of_target = of_aux[:2]
+    if grad_loss is None and of_lse is None and of_target is None:
         return None, None, None, *nothing
+    lse, *saved = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    grads = _gradients(grad_loss, *ctx.saved_tensors, *ctx.options, ctx.filtering, *needs)
+    grad_loss, of_lse, of_target = given_gradients(lse, grad_loss, of_lse, of_target)
+    grads = _gradients(grad_loss, lse, *saved, *ctx.options, ctx.filtering, *needs, of_lse, of_target)
     return *(grad if needed else None for grad, needed in zip(grads, needs)), *nothing
 
 
-_losses.register_autograd(_backward_triton, setup_context=_setup_triton)
-
-
-def _no_second_derivative(ctx, *_):  # type: ignore[no-untyped-def]
-    raise NotImplementedError("linear_cross_entropy has no second derivative (use backend='reference' for create_graph=True)")
-
-
-_gradients.register_autograd(_no_second_derivative)
-
-
-def _compute_dtype(input: Tensor, linear_weight: Tensor) -> torch.dtype:
-    """Of the matrix products: autocast's where it is on, as F.linear."""
-    if torch.is_autocast_enabled(input.device.type):
-        return torch.get_autocast_dtype(input.device.type)
-    return torch.promote_types(input.dtype, linear_weight.dtype)
+_losses = register_autograd(_losses_op, _backward_triton, _setup_triton)
 
 
 def _triton(
@@ -517,8 +636,11 @@ def _triton(
     filter_gradients: bool,
     return_aux: bool,
 ) -> Any:
-    dtype = _compute_dtype(input, linear_weight)
-    if torch.float64 in (input.dtype, dtype) or divided_twice(weight, reduction, z_loss):
+    dtype = compute_dtype(input, linear_weight)
+    if torch.float64 in (input.dtype, dtype):
+        if not checks_values(input.device.type):
+            rows, target = nan_rows(target, linear_weight.shape[0], ignore_index)
+            input = input + rows
         return linear_cross_entropy_reference(
             input,
             linear_weight,
@@ -539,6 +661,7 @@ def _triton(
     grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in leaves)
     input = input.to(dtype)
     keep = grad and input.shape[0] * linear_weight.shape[0] * input.element_size() <= KEEP_BYTES
+    apart = divided_twice(weight, reduction, z_loss)
     loss, lse, target_logits, correct, _ = _losses(
         input,
         linear_weight,
@@ -548,12 +671,14 @@ def _triton(
         ignore_index,
         label_smoothing,
         softcap,
-        z_loss,
+        0.0 if apart else z_loss,
         return_aux,
         keep,
         filter_gradients,
     )
     loss = reduced(loss, target, weight, reduction, ignore_index)
+    if apart:
+        loss = loss + z_penalty(lse, target != ignore_index, z_loss, reduction)
     return (loss, CrossEntropyAux(target_logits, lse, correct)) if return_aux else loss
 
 
@@ -568,6 +693,57 @@ register(
 # --- public ---------------------------------------------------------------------------------------------------------
 
 
+def _packed(matrix: Tensor) -> Tensor:
+    """Without room between its rows: there, on processors with AMX, PyTorch's products of 16-bit numbers let NaN in."""
+    if matrix.device.type != "cpu" or matrix.element_size() != 2 or matrix.is_contiguous() or matrix.t().is_contiguous():
+        return matrix
+    return matrix.contiguous()
+
+
+def _by_pytorch(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    z_loss: float,
+    return_aux: bool,
+) -> Any:
+    """What PyTorch's linear_cross_entropy takes besides: weights (V, d1, ..., D), which make logits (N, V, d1, ...), and class
+    probabilities. It makes the logits."""
+    if input.dim() > 2 or input.dim() < linear_weight.dim() - 1:
+        wanted = "(N, D)" if linear_weight.dim() > 2 else "(D) or (N, D)"
+        raise ValueError(
+            f"input: got shape {tuple(input.shape)}, need {wanted} with linear_weight {tuple(linear_weight.shape)} and "
+            f"target {tuple(target.shape)} of {target.dtype}"
+        )
+    bias = None if linear_bias is None else linear_bias.flatten()
+    logits = _logits(_packed(input), _packed(linear_weight.flatten(0, -2)), bias)
+    logits = logits.view(*input.shape[:-1], *linear_weight.shape[:-1])  # (N, V, d1, ...)
+    classes = min(logits.dim() - 1, 1)
+    expected = logits.shape if target.is_floating_point() else logits.shape[:classes] + logits.shape[classes + 1 :]
+    if target.shape != expected:
+        raise ValueError(f"target: got shape {tuple(target.shape)} of {target.dtype}, need {tuple(expected)}")
+    return computed(
+        cross_entropy_reference,
+        logits,
+        target,
+        classes,
+        weight,
+        reduction,
+        ignore_index,
+        label_smoothing,
+        softcap,
+        z_loss,
+        False,
+        return_aux,
+    )
+
+
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -576,8 +752,9 @@ def linear_cross_entropy(
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = None,
     label_smoothing: float = 0.0,
+    options: Any = None,
     softcap: float = 0.0,
     z_loss: float = 0.0,
     filter_gradients: bool = False,
@@ -586,11 +763,16 @@ def linear_cross_entropy(
 ) -> Any:
     """`cross_entropy(input @ linear_weight.T + linear_bias, target)` without the matrix of logits.
 
-    input (..., D) floating; linear_weight (V, D); target (...) int64 with values 0..V-1 or ignore_index; linear_bias (V);
-    weight (V) rescales classes as in `F.cross_entropy`; softcap c > 0 replaces logits z by c tanh(z / c); z_loss adds
-    z_loss * logsumexp(z)^2 per token. Returns a float32 (float64 for float64 input) scalar, or one loss per token in the
-    shape of target for reduction="none". With every target ignored the mean is NaN, as in PyTorch. return_aux=True returns
-    (loss, CrossEntropyAux): target logit, log-sum-exp and whether the prediction is right, per token, from the same pass.
+    input (..., D) floating; linear_weight (V, D); target (...) int64 or uint8 with values 0..V-1 or ignore_index (None:
+    -100); linear_bias (V); weight (V) rescales classes as in `F.cross_entropy`; softcap c > 0 replaces logits z by
+    c tanh(z / c); z_loss adds z_loss * logsumexp(z)^2 per token. Returns a float32 (float64 for float64 input) scalar, or one
+    loss per token in the shape of target for reduction="none". With every target ignored the mean is NaN and its gradient 0,
+    as in PyTorch. return_aux=True returns (loss, CrossEntropyAux): target logit and log-sum-exp, which have gradients, and
+    whether the prediction is right, per token, from the same pass.
+
+    What else `torch.nn.functional.linear_cross_entropy` takes, it takes, and makes the logits for it: linear_weight
+    (V, d1, ..., D) and linear_bias (V, d1, ...) with input (N, D) and target (N, d1, ...), and class probabilities, a floating
+    target of the shape of the logits, for input (D) or (N, D). `options`, how PyTorch is to cut chunks, has no effect here.
 
     filter_gradients=True lets the Triton backward skip tiles of the logits' gradient in which nothing reaches 2^-12 of the
     token's (bfloat16; finfo.eps / 32). It biases the gradients of rare words' weights, so it is off by default.
@@ -602,29 +784,49 @@ def linear_cross_entropy(
     Raises ValueError or TypeError for shapes, dtypes, devices and options that do not fit. A target out of range raises
     IndexError on the CPU and under `debug_checks()`; otherwise its loss and gradients are NaN on a GPU.
     """
+    ignore_index = -100 if ignore_index is None else ignore_index
     if not input.is_floating_point():
         raise TypeError(f"input: got dtype {input.dtype}, allowed are floating-point dtypes")
-    if target.dtype != torch.int64:
-        raise TypeError(f"target: got dtype {target.dtype}, allowed is int64")
-    if linear_weight.dim() != 2 or input.shape[-1:] != linear_weight.shape[1:]:
+    if not linear_weight.is_floating_point():
+        raise TypeError(f"linear_weight: got dtype {linear_weight.dtype}, allowed are floating-point dtypes")
+    plain = linear_weight.dim() == 2 and target.shape == input.shape[:-1]
+    if target.is_floating_point() and plain:
+        raise TypeError(f"target: got dtype {target.dtype}, class indices in this shape are int64 or uint8")
+    check_target_dtype(target, ignore_index, return_aux)
+    if linear_weight.dim() < 2 or input.shape[-1:] != linear_weight.shape[-1:]:
         raise ValueError(
             f"linear_weight: got shape {tuple(linear_weight.shape)}, input {tuple(input.shape)} needs (V, {input.shape[-1]})"
         )
-    if linear_weight.shape[0] == 0:
+    if 0 in linear_weight.shape[:-1]:
         raise ValueError(f"linear_weight: got shape {tuple(linear_weight.shape)}, need a vocabulary of at least 1")
-    if target.shape != input.shape[:-1]:
-        raise ValueError(f"target: got shape {tuple(target.shape)}, input needs {tuple(input.shape[:-1])}")
-    for name, vector in (("linear_bias", linear_bias), ("weight", weight)):
-        if vector is not None and vector.shape != linear_weight.shape[:1]:
-            raise ValueError(f"{name}: got shape {tuple(vector.shape)}, linear_weight needs ({linear_weight.shape[0]},)")
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        wanted = tuple(linear_weight.shape[:-1])
+        raise ValueError(f"linear_bias: got shape {tuple(linear_bias.shape)}, linear_weight needs {wanted}")
+    check_weight(weight, linear_weight.shape[0], target)
     check_options(reduction, label_smoothing, softcap, z_loss)
     check_devices(input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias, weight=weight)
     function = choose("linear_cross_entropy", input.device.type, backend)
+    if target.is_floating_point() or linear_weight.dim() > 2:
+        return _by_pytorch(
+            input,
+            linear_weight,
+            target,
+            linear_bias,
+            weight,
+            reduction,
+            ignore_index,
+            label_smoothing,
+            softcap,
+            z_loss,
+            return_aux,
+        )
+    if not plain:
+        raise ValueError(f"target: got shape {tuple(target.shape)}, input needs {tuple(input.shape[:-1])}")
     result = function(
         # Not -1, which has no answer for D = 0.
-        input.reshape(target.numel(), input.shape[-1]),
-        linear_weight,
-        target.reshape(-1),
+        _packed(input.reshape(target.numel(), input.shape[-1])),
+        _packed(linear_weight),
+        target.reshape(-1).long(),
         linear_bias,
         weight,
         reduction,
@@ -635,8 +837,7 @@ def linear_cross_entropy(
         filter_gradients,
         return_aux,
     )
-    loss, aux = result if return_aux else (result, None)
-    return shaped(loss, aux, target, reduction, return_aux)
+    return shaped(result, target.shape, reduction, return_aux)
 
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_reference"]

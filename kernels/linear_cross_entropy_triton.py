@@ -146,16 +146,18 @@ def gradients(
     x: Options,
     needs: tuple[bool, bool, bool],
     filtering: bool,
+    of_lse: Tensor | None = None,
+    of_target: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, linear_weight and linear_bias as `needs` asks for them, given d objective / d loss per token (N) and
-    what the forward left."""
+    what the forward left; d objective / d lse and / d target logit too, both or none, and then nothing is filtered."""
     (n, _), vocabulary = input.shape, linear_weight.shape[0]
     d_weight = torch.empty_like(linear_weight, memory_format=torch.contiguous_format) if needs[1] else input.new_empty(0)
     d_bias = input.new_empty(vocabulary if needs[2] else 0, dtype=torch.float32)
     chunks = list(vocabulary_chunks(n, vocabulary, input.element_size()))
     d_input = input.new_empty(input.shape if needs[0] else 0, dtype=torch.float32 if len(chunks) > 1 else input.dtype)
     buffer = buffers(input, vocabulary, False)[0]
-    flags = input.new_empty(n, cdiv(buffer.shape[1], FLAG_TILE), dtype=torch.int8) if filtering else None
+    flags = input.new_empty(n, cdiv(buffer.shape[1], FLAG_TILE), dtype=torch.int8) if filtering and of_lse is None else None
     for i, first, width in chunks:
         w = linear_weight[first : first + width].to(input.dtype)
         z = dz = buffer[:, :width]
@@ -163,7 +165,7 @@ def gradients(
             z = logits[i, :, :width]
         else:
             _logits(input, w, linear_bias, first, z)
-        gradient(z, dz, target, lse, row_grad, first, vocabulary, x, flags, padded=True)
+        gradient(z, dz, target, lse, row_grad, first, vocabulary, x, flags, padded=True, of_lse=of_lse, of_target=of_target)
         if needs[0]:
             if flags is None:
                 _multiply(dz, w, d_input, accumulate=i > 0)
