@@ -1,30 +1,37 @@
 """patch(model): a transformers model computes its norms, MLP activations, rotary embedding and loss with our kernels.
 
-What is swapped is found by behaviour: each candidate runs once, on the CPU, on random numbers and with random weights of
-its own shape, and is swapped if it gave what our op gives. So there is no list of models, and what only looks alike (a
-norm with another formula, an MLP with sparsity, logits that are scaled) is left alone.
+What is swapped is found by behaviour: each candidate runs on the CPU, on random numbers and with random weights of its own
+shape, and is swapped if it gave what our op gives: on inputs of several ranks, in training and eval mode, in float32 and
+bfloat16. So there is no list of models, and what only looks alike (a norm over other dimensions, an MLP with sparsity, logits
+that are scaled) is left alone.
 
 A swap changes the module's class to a subclass of its class with another `forward`. Nothing is stored in the module:
 parameters, state dict, hooks, `isinstance`, names and copies stay as they are, and `unpatch` sets the class back. Where a
 call is not what our op computes (mixed dtypes, a LoRA on the head), the subclass hands it to the original `forward`.
+
+The loss needs no forward of ours: the model's own runs, over a head that gives `LazyLogits`. They are a product that has not
+been made, and the cross-entropy of them is `linear_cross_entropy`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wikigpt.kernels import bias_gelu, geglu, layer_norm, linear_cross_entropy, rms_norm, swiglu
+from wikigpt.kernels import backend, bias_gelu, geglu, layer_norm, rms_norm, swiglu
 from wikigpt.kernels._dispatch import forced_backend
 from wikigpt.kernels.rotary import apply_rotary_emb_qk
+
+from .lazy_logits import LazyHead, LazyLogits
 
 # --- classes that take a module's place -----------------------------------------------------------------------------
 
@@ -57,6 +64,7 @@ def _class_of(original: Any, swap: Any, options: tuple[tuple[str, Any], ...]) ->
     if swap is _Rotary:
         attributes["forward"] = _with_our_rotary(original.forward, attributes["_function"])
     if swap is _CausalLM:  # Trainer and generate() read the signature
+        attributes["_deferring"] = _deferring(original, attributes["_head"])
         attributes["forward"] = forward = _copy_of(swap.forward, swap.forward.__globals__)
         forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
     return type(original.__name__, (swap, original), attributes)
@@ -88,13 +96,12 @@ class _RMSNorm(_Swapped):
 class _LayerNorm(_Swapped):
     _kind = "norm"
     weight: Tensor
-    bias: Tensor | None
     _eps: str
 
     def forward(self, x: Tensor) -> Tensor:
         if _nothing_to_gain(x) or x.dtype != self.weight.dtype:
             return super().forward(x)
-        return layer_norm(x, self.weight, self.bias, getattr(self, self._eps))
+        return layer_norm(x, self.weight, self._parameters.get("bias"), getattr(self, self._eps))
 
 
 class _GELU(_Swapped):
@@ -111,14 +118,29 @@ class _GatedMLP(_Swapped):
     gate_proj: nn.Module
     up_proj: nn.Module
     down_proj: nn.Module
-    act_fn: Any
 
     def forward(self, x: Tensor) -> Tensor:
         if _nothing_to_gain(x):
             return super().forward(x)
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        hidden = swiglu(gate, up) if self._approximate is None else geglu(gate, up, self._approximate)
-        return self.down_proj(hidden)
+        return self.down_proj(_gated(self._approximate, self.gate_proj(x), self.up_proj(x)))
+
+
+class _PackedMLP(_Swapped):
+    """Gate and up in one projection, gate first."""
+
+    _kind = "activation"
+    _approximate: str | None
+    gate_up_proj: nn.Module
+    down_proj: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _nothing_to_gain(x):
+            return super().forward(x)
+        return self.down_proj(_gated(self._approximate, self.gate_up_proj(x)))
+
+
+def _gated(approximate: str | None, gate: Tensor, up: Tensor | None = None) -> Tensor:
+    return swiglu(gate, up) if approximate is None else geglu(gate, up, approximate)
 
 
 class _Rotary(_Swapped):
@@ -129,33 +151,51 @@ class _Rotary(_Swapped):
 
 
 class _CausalLM(_Swapped):
+    """A model whose own forward runs, over a head that gives LazyLogits where the model trains."""
+
     _kind = "loss"
-    _base: str
+    _head: str
     _arguments: tuple[str, ...]
-    _output: Any
+    _deferring: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self
-        # `_loss_function` is where transformers keeps what the user has set as model.loss_function.
-        ours = self.training and model.config.return_dict and _is_plain(model.lm_head)
-        if not ours or hasattr(self, "_loss_function"):
-            return super().forward(*args, **kwargs)
         given = {**dict(zip(self._arguments, args)), **kwargs}
-        labels, keep = given.pop("labels", None), given.pop("logits_to_keep", 0)
-        if labels is None or not isinstance(keep, int) or keep != 0 or given.get("return_dict") is False:
+        keep = given.get("logits_to_keep", 0)
+        if (
+            not self.training
+            or given.get("labels") is None
+            or not (isinstance(keep, int) and keep == 0)
+            or not (model.config.return_dict and given.get("return_dict") is not False)
+            or not _is_plain(self._modules[self._head])
+            or hasattr(self, "_loss_function")  # where transformers keeps what the user has set as model.loss_function
+            or torch.compiler.is_exporting()  # which knows outputs of its own types only
+        ):
             return super().forward(*args, **kwargs)
-        outputs = getattr(self, self._base)(**given)
-        loss = _next_token_loss(
-            outputs.last_hidden_state,
-            model.lm_head,
-            labels,
-            getattr(model.config, "final_logit_softcapping", None),
-            given.get("num_items_in_batch"),
-            given.get("ignore_index", -100),
-            given.get("shift_labels"),
-        )
-        kept = {name: value for name, value in outputs.items() if name in self._output.__dataclass_fields__}
-        return self._output(loss=loss, logits=None, **kept)
+        # Not the module itself, so that nothing changes in it and its head is everywhere else what it is.
+        deferring = object.__new__(self._deferring)
+        deferring.__dict__ = self.__dict__
+        outputs = self._original.forward(deferring, *args, **kwargs)
+        if not hasattr(self, "_is_replica"):
+            return outputs
+        # nn.DataParallel gathers tensors and nothing else.
+        return type(outputs)(**{name: value for name, value in outputs.items() if not isinstance(value, LazyLogits)})
+
+
+def _deferring(original: Any, head: str, may_be_made: bool = True) -> Any:
+    """A subclass of `original` whose head gives LazyLogits."""
+
+    def get(self: Any) -> LazyHead:
+        return LazyHead(self._modules[head], may_be_made)
+
+    def loss_function(self: Any) -> Any:
+        """transformers' own without its warning of an unknown loss_type, as GPT-2's is, which breaks a compiled graph."""
+        from transformers.loss.loss_utils import LOSS_MAPPING
+
+        return LOSS_MAPPING.get(getattr(self, "loss_type", None), LOSS_MAPPING["ForCausalLM"])
+
+    names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+    return type(original.__name__, (original,), {head: property(get), "loss_function": property(loss_function), **names})
 
 
 def _is_plain(head: Any) -> bool:
@@ -170,43 +210,17 @@ def _is_plain(head: Any) -> bool:
     )
 
 
-def _next_token_loss(
-    hidden: Tensor,
-    head: Any,
-    labels: Tensor,
-    softcap: float | None,
-    num_items: Tensor | int | None,
-    ignore_index: int,
-    shift_labels: Tensor | None,
-) -> Tensor:
-    """transformers' ForCausalLMLoss of the logits that are not made. hidden (B, S, D), labels and shift_labels (B, S)."""
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    logits = shift_labels.numel() * head.out_features
-    loss = linear_cross_entropy(
-        hidden,
-        head.weight,
-        shift_labels.to(hidden.device),
-        linear_bias=head.bias,
-        reduction="mean" if num_items is None else "sum",
-        ignore_index=ignore_index,
-        softcap=softcap or 0.0,
-        # 1 MiB of logits stays in the processor's cache, and the plain way has fewer calls around it.
-        backend="reference" if _nothing_to_gain(hidden) and logits < 2**18 else None,
-    )
-    if num_items is None:
-        return loss
-    return loss / (num_items.to(loss.device) if isinstance(num_items, Tensor) else num_items)
-
-
-def _with_our_rotary(forward: Any, name: str) -> types.FunctionType:
+def _with_our_rotary(forward: Any, name: str) -> Any:
     """The same forward, with other globals: those of its module stay, for the models that are not patched."""
+    if hasattr(forward, "__wrapped__"):  # decorated: the same decorator around ours
+        return _around(forward, _with_our_rotary(forward.__wrapped__, name))
     theirs = forward.__globals__[name]
 
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         # Under autocast q and k are narrower than cos; theirs gives the wider dtype, and attention narrows it again.
         plain = q.dtype == cos.dtype or torch.is_autocast_enabled(q.device.type)
-        if args or kwargs or not plain or q.dim() != 4 or _nothing_to_gain(q):
+        rows = q.dim() == 4 and cos.dim() == 3 and cos.shape[1] == q.shape[2]
+        if args or kwargs or not plain or not rows or _nothing_to_gain(q):
             return theirs(q, k, cos, sin, *args, **kwargs)
         half = cos.shape[-1] // 2
         cos, sin = cos[..., :half], sin[..., :half]  # (B or 1, S, R / 2)
@@ -218,29 +232,65 @@ def _with_our_rotary(forward: Any, name: str) -> types.FunctionType:
     return _copy_of(forward, {**{k: v for k, v in forward.__globals__.items() if k != "__name__"}, name: rotate})
 
 
+def _around(decorated: Any, function: Any) -> Any:
+    """A copy of the decorated function that calls `function` in the place of what it was put around."""
+    made = _copy_of(decorated, decorated.__globals__)
+    cells = decorated.__closure__ or ()
+    closure = tuple(types.CellType(function) if c.cell_contents is decorated.__wrapped__ else c for c in cells)
+    made = types.FunctionType(made.__code__, made.__globals__, made.__name__, made.__defaults__, closure)
+    made.__kwdefaults__ = decorated.__kwdefaults__
+    return functools.wraps(function)(made)
+
+
 # --- recognising them -----------------------------------------------------------------------------------------------
 
 Swap = tuple[Any, dict[str, Any]]  # a class of the above and its attributes
 
 
 def _same(theirs: Any, ours: Tensor) -> bool:
+    tolerance = 2e-5 if ours.dtype == torch.float32 else 5e-2  # which of the steps round to 16 bits differs
     return (
         isinstance(theirs, Tensor)
         and theirs.shape == ours.shape
         and theirs.dtype == ours.dtype
-        and torch.allclose(theirs, ours, rtol=2e-5, atol=2e-5)
+        and torch.allclose(theirs, ours, rtol=tolerance, atol=tolerance)
     )
 
 
-def _run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What the class's forward gives; None where it fails. _parameters and _modules take the place of the module's."""
-    probe = copy.copy(module)
-    parts = {name: kwargs.pop(name) for name in ("_parameters", "_modules") if name in kwargs}
-    probe.__dict__.update(_buffers=dict(module._buffers), **parts)
+Parts = dict[str, dict[str, Any]]  # {"_modules": {name: module}, ...}
+
+
+def _run(module: nn.Module, *args: Any, training: bool = False, parts: Parts | None = None, **kwargs: Any) -> Any:
+    """What the class's forward gives; None where it fails. `parts` take the place of parts of the module."""
+    probe = _probe(module, training, parts)
     try:
         return type(module).forward(probe, *args, **kwargs)
     except Exception:  # code of any kind, asked whether it is something that we know
         return None
+
+
+def _probe(module: nn.Module, training: bool, parts: Parts | None = None) -> nn.Module:
+    """A shallow copy, and of its modules too, in training or eval mode."""
+    probe, parts = copy.copy(module), parts or {}
+    children = {
+        name: child and _probe(child, training)
+        for name, child in module._modules.items()
+        if name not in parts.get("_modules", ())
+    }
+    probe.__dict__.update(
+        training=training,
+        _parameters={**module._parameters, **parts.get("_parameters", {})},
+        _buffers={**module._buffers, **parts.get("_buffers", {})},
+        _modules={**children, **parts.get("_modules", {})},
+    )
+    return probe
+
+
+def _agrees(module: nn.Module, ours: Callable[[Tensor], Tensor], inputs: list[Tensor], parts: Parts | None = None) -> bool:
+    """Whether the module gives what `ours` gives for all the inputs, in training as in eval mode."""
+    return all(
+        _same(_run(module, x.clone(), training=training, parts=parts), ours(x)) for x in inputs for training in (False, True)
+    )
 
 
 def _takes_one_argument(module: nn.Module) -> bool:
@@ -254,20 +304,38 @@ def _norm(module: nn.Module) -> Swap | None:
     eps = next((name for name in ("eps", "variance_epsilon") if isinstance(getattr(module, name, None), float)), None)
     if eps is None or given["weight"].dim() != 1 or not _takes_one_argument(module):
         return None
-    n = given["weight"].shape[0]
-    # Rows of this size show where eps is added.
-    x = torch.randn(4, n) * torch.tensor([[getattr(module, eps) ** 0.5], [1.0], [1.0], [30.0]]) + torch.randn(4, 1)
-    x[0] -= x[0].mean()
-    weights: dict[str, Any] = {**dict.fromkeys(module._parameters), **{name: torch.randn(n) for name in given}}
-    theirs = _run(module, x, _parameters=weights)
-    weight, bias, number = weights["weight"], weights.get("bias"), getattr(module, eps)
-    if bias is None:
+    n, number = given["weight"].shape[0], getattr(module, eps)
+    weights = {name: torch.randn(n) for name in given}
+    inputs = _rows(n, number)
+
+    def agrees(norm: Callable[..., Tensor], *names: str, **options: Any) -> bool:
+        def in_dtype(dtype: torch.dtype, inputs: list[Tensor]) -> bool:
+            w = {name: weight.to(dtype) for name, weight in weights.items()}
+            given = [w.get(name) for name in names]
+            return _agrees(
+                module,
+                lambda x: norm(x, *given, number, backend="reference", **options),
+                [x.to(dtype) for x in inputs],
+                {"_parameters": w},
+            )
+
+        return in_dtype(torch.float32, inputs) and in_dtype(torch.bfloat16, inputs[1:2])
+
+    if "bias" not in given:
         for unit_offset in (False, True):
-            if _same(theirs, rms_norm(x, weight, number, unit_offset=unit_offset, backend="reference")):
+            if agrees(rms_norm, "weight", unit_offset=unit_offset):
                 return _RMSNorm, {"_eps": eps, "_unit_offset": unit_offset}
-    if hasattr(module, "bias") and _same(theirs, layer_norm(x, weight, bias, number, backend="reference")):
-        return _LayerNorm, {"_eps": eps}
-    return None
+    return (_LayerNorm, {"_eps": eps}) if agrees(layer_norm, "weight", "bias") else None
+
+
+def _rows(n: int, eps: float) -> list[Tensor]:
+    """Inputs of a norm over the last dimension, of every rank: over others, a norm refuses them or gives something else."""
+    # Rows of this size show where eps is added.
+    x = torch.randn(12, n) * torch.tensor([eps**0.5, 1.0, 1.0, 30.0, 1e4, 1.0]).repeat(2)[:, None] + torch.randn(12, 1)
+    x[::6] -= x[::6].mean(1, keepdim=True)
+    inputs = [x, x[:6].view(2, 3, n), x.view(2, 3, 2, n), x[:1], x[:1].view(1, 1, n)]
+    # Where the other dimensions have the size of the last, shapes tell nothing.
+    return inputs if n > 128 else [*inputs, torch.randn(2, n, n), torch.randn(1, n, 1, n)]
 
 
 _ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
@@ -280,52 +348,78 @@ _ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
 def _activation(module: nn.Module) -> Swap | None:
     if not _takes_one_argument(module):
         return None
-    if {"gate_proj", "up_proj", "down_proj", "act_fn"} <= module._modules.keys():
-        gate, up, down = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
-        x = 3 * torch.randn(64, 8)
-        theirs = _run(module, x, _modules={**module._modules, "gate_proj": gate, "up_proj": up, "down_proj": down})
-        for approximate, function in _ACTIVATIONS.items():
-            if _same(theirs, down(function(gate(x)) * up(x))):
-                return _GatedMLP, {"_approximate": approximate}
+    # Far from 0 too, where some are clipped.
+    x = torch.cat((3 * torch.randn(1000), torch.linspace(-60, 60, 24)))
     if not (module._modules or module._parameters or module._buffers):
-        x = 3 * torch.randn(1024)
-        theirs = _run(module, x)
+        inputs = [x, x.view(8, 128), x.view(2, 4, 128), x.view(1, 1024, 1, 1), x.bfloat16()]
         for approximate in ("none", "tanh"):
-            if _same(theirs, _ACTIVATIONS[approximate](x)):
+            if _agrees(module, _ACTIVATIONS[approximate], inputs):
                 return _GELU, {"_approximate": approximate}
+        return None
+    inputs = [x.view(128, 8), x.view(4, 32, 8), x.view(2, 4, 16, 8), x[:8].view(1, 1, 8)]
+    return next((found for swap in (_GatedMLP, _PackedMLP) if (found := _mlp(module, swap, inputs)) is not None), None)
+
+
+def _mlp(module: nn.Module, swap: Any, inputs: list[Tensor]) -> Swap | None:
+    *into, down = [name for name in swap.__annotations__ if name.endswith("_proj")]
+    if not all(isinstance(module._modules.get(name), nn.Module) for name in (*into, down)):
+        return None
+    small = {**{name: nn.Linear(8, 32 // len(into)) for name in into}, down: nn.Linear(16, 8)}
+
+    def mlp(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        gate, up = torch.cat([small[name](x) for name in into], -1).chunk(2, -1)
+        return small[down](function(gate) * up)
+
+    for approximate, function in _ACTIVATIONS.items():
+        if _agrees(module, functools.partial(mlp, function=function), inputs, {"_modules": small}):
+            return swap, {"_approximate": approximate}
     return None
 
 
 def _rotary(module: nn.Module) -> Swap | None:
     forward = type(module).forward
+    while isinstance(forward, types.FunctionType) and hasattr(forward, "__wrapped__"):
+        if not any(cell.cell_contents is forward.__wrapped__ for cell in forward.__closure__ or ()):
+            return None  # a decorator that cannot be put around another function
+        forward = forward.__wrapped__
     if not isinstance(forward, types.FunctionType):
         return None
     for name in forward.__code__.co_names:
         theirs = forward.__globals__.get(name)
-        if "rotary" not in name or not callable(theirs):
-            continue
-        q, k, cos, sin = torch.randn(2, 3, 5, 8), torch.randn(2, 1, 5, 8), torch.randn(2, 5, 4), torch.randn(2, 5, 4)
-        try:
-            turned = theirs(q, k, torch.cat((cos, cos), -1), torch.cat((sin, sin), -1))
-        except Exception:  # a function of another kind
-            continue
-        if all(map(_same, turned, apply_rotary_emb_qk(q, k, cos, sin, backend="reference"))):
+        if "rotary" in name and callable(theirs) and _is_our_rotary(theirs):
             return _Rotary, {"_function": name}
     return None
+
+
+def _is_our_rotary(theirs: Any) -> bool:
+    q, k = torch.randn(2, 3, 5, 8), torch.randn(2, 1, 5, 8)
+    for size in (8, 4):  # all of head_dim, and a part of it, which some refuse
+        cos, sin = torch.randn(2, 2, 5, size // 2)
+        try:
+            turned = theirs(q.clone(), k.clone(), torch.cat((cos, cos), -1), torch.cat((sin, sin), -1))
+        except Exception:  # a function of another kind
+            if size == 8:
+                return False
+            continue
+        ours = apply_rotary_emb_qk(q, k, cos, sin, backend="reference")
+        if not (isinstance(turned, tuple) and len(turned) == 2 and all(map(_same, turned, ours))):
+            return False
+    return True
 
 
 def _halves_repeat(model: nn.Module) -> bool:
     """Whether all that makes cos and sin in the model makes them of two equal halves: our op reads the first."""
     found = False
     for module in model.modules():
-        frequencies = [buffer for name, buffer in module._buffers.items() if name.endswith("inv_freq") and buffer is not None]
+        frequencies = {name: b for name, b in module._buffers.items() if name.endswith("inv_freq") and b is not None}
         if not frequencies:
             continue
-        x = torch.randn(1, 4, 8, device=frequencies[0].device)
-        positions = torch.arange(4, device=x.device)[None]
-        for layer_type in getattr(module, "layer_types", [None]):
+        # The frequencies themselves may be on any device, or on none.
+        parts = {"_buffers": {name: torch.rand(b.shape) for name, b in frequencies.items()}}
+        x, positions = torch.randn(1, 4, 8), torch.arange(4)[None]
+        for layer_type in getattr(module, "layer_types", None) or [None]:
             given = {} if layer_type is None else {"layer_type": layer_type}
-            made = _run(module, x, positions, **given)
+            made = _run(module, x, positions, parts=parts, **given)
             if not (isinstance(made, tuple) and len(made) == 2 and all(torch.equal(*t.chunk(2, -1)) for t in made)):
                 return False
         found = True
@@ -333,44 +427,69 @@ def _halves_repeat(model: nn.Module) -> bool:
 
 
 class _GivesHidden(nn.Module):
-    """Stands for the transformer under a head."""
+    """Stands for what a model computes before its head."""
 
     def __init__(self, hidden: Tensor):
         super().__init__()
         self.hidden = hidden
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+        return _hidden_output()(last_hidden_state=self.hidden)
 
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.hidden)
+
+@functools.cache
+def _hidden_output() -> Any:
+    from transformers.modeling_outputs import BaseModelOutput
+
+    class Hidden(BaseModelOutput):
+        """The last hidden state, and None for whatever else a model's own output has."""
+
+        def __getattr__(self, name: str) -> None:
+            if name.startswith("__"):
+                raise AttributeError(name)
+
+    return Hidden
 
 
 def _loss(module: Any) -> Swap | None:
-    base = getattr(module, "base_model_prefix", None)
-    if not base or module._modules.keys() != {base, "lm_head"} or not _is_plain(module.lm_head):
+    head = _head_of(module)
+    if head is None or not _is_plain(module._modules[head]) or hasattr(module, "_loss_function"):
         return None
-    if hasattr(module, "_loss_function"):  # the user has set model.loss_function
+    signature = inspect.signature(type(module).forward).parameters
+    arguments = tuple(signature)[1:]
+    if "labels" not in arguments:
         return None
-    arguments = tuple(inspect.signature(type(module).forward).parameters)[1:]
-    if not {"labels", "logits_to_keep"} <= set(arguments):
-        return None
-    vocab = module.lm_head.out_features
+    vocab = module._modules[head].out_features
     hidden, labels = 10 * torch.randn(2, 6, 8), torch.randint(vocab, (2, 6))
+    given: dict[str, Any] = {"input_ids": labels.clone(), "labels": labels, "return_dict": True}
+    given |= {"use_cache": False, "output_router_logits": False}
+    if not any(p.kind is p.VAR_KEYWORD for p in signature.values()):
+        given = {name: value for name, value in given.items() if name in arguments}
     labels[0, 2:4] = -100
-    head = nn.Linear(8, vocab, bias=module.lm_head.bias is not None)
-    theirs = _run(
-        module,
-        labels=labels,
-        num_items_in_batch=7,
-        return_dict=True,
-        _modules={base: _GivesHidden(hidden), "lm_head": head},
-    )
-    softcap = getattr(module.config, "final_logit_softcapping", None)
-    ours = _next_token_loss(hidden, head, labels, softcap, 7, -100, None)
-    if not _same(getattr(theirs, "loss", None), ours):
+    before = {name: _GivesHidden(hidden) for name in module._modules if name != head}
+    small = nn.Linear(8, vocab, bias=module._modules[head].bias is not None)
+    parts: Parts = {"_modules": {**before, head: small}}
+    theirs = _run(module, training=True, parts=parts, **given)
+    deferring = _probe(module, True, parts)
+    deferring.__class__ = _deferring(type(module), head, may_be_made=False)
+    try:
+        ours = type(module).forward(deferring, **given)
+    except Exception:  # it needs the logits
         return None
-    options = {"_base": base, "_arguments": arguments, "_output": type(theirs)}
-    return _CausalLM, options
+    if not _same(getattr(ours, "loss", None), getattr(theirs, "loss", torch.empty(0))):
+        return None
+    return _CausalLM, {"_head": head, "_arguments": arguments}
+
+
+def _head_of(module: Any) -> str | None:
+    """The name of the child that gives a transformers model's logits."""
+    if not hasattr(module, "get_output_embeddings") or not hasattr(module, "config"):
+        return None
+    try:
+        head = module.get_output_embeddings()
+    except Exception:  # where a model has none
+        return None
+    return next((name for name, child in module._modules.items() if child is not None and child is head), None)
 
 
 _RECOGNISE: dict[str, Callable[[nn.Module], Swap | None]] = {
@@ -392,9 +511,10 @@ def patch(
     call swapped included. The model may be wrapped (PEFT, DDP); a module whose forward another library has replaced on the
     instance is left alone. Other models of the process do not change. `unpatch` undoes it.
 
-    The loss is swapped in models whose forward is transformer, `lm_head`, next-token cross-entropy. While such a model is in
-    training mode and gets labels, its logits are never made: outputs.logits is None. In eval mode, without labels, with
-    logits_to_keep, or with another `model.loss_function`, all is as before; loss=False keeps the logits in training too.
+    The loss is swapped in models that take a cross-entropy of what their head (`get_output_embeddings()`) gives. While such a
+    model is in training mode and gets labels, its logits are not made: outputs.logits is a `LazyLogits`, which makes them when
+    something is computed from it, and only until the weights change. In eval mode, without labels, with logits_to_keep, or
+    with another `model.loss_function`, all is as before; loss=False makes the logits in training too.
 
     Raises TypeError where model is not a module, ValueError where nothing was found to swap.
     """
@@ -403,9 +523,7 @@ def patch(
     wanted = {"norm": norm, "activation": activation, "rotary": rotary, "loss": loss}
     kinds = [kind for kind, on in wanted.items() if on]
     swapped: dict[str, list[str]] = {kind: [] for kind in kinds}
-    # Random numbers of its own: the run that follows must not change. On the CPU whatever the default device is.
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
-        torch.default_generator.manual_seed(0)
+    with _probing():
         if rotary and not _halves_repeat(model):
             kinds.remove("rotary")
         inner: set[int] = set()
@@ -421,6 +539,26 @@ def patch(
     if not any(swapped.values()):
         raise ValueError(f"model: found nothing to swap in {type(model).__name__} (looked for {', '.join(swapped)})")
     return swapped
+
+
+@contextlib.contextmanager
+def _probing() -> Iterator[None]:
+    """What is found depends on the model alone: not on default dtype and device, autocast or a forced backend. Random numbers
+    of its own: the run that follows must not change."""
+    dtype = torch.get_default_dtype()
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        backend("auto"),
+    ):
+        torch.default_generator.manual_seed(0)
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
 
 
 def _recognise(module: nn.Module, kinds: list[str], inner: set[int]) -> Swap | None:
