@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
 
-from ._autograd import register_autograd
+from ._autograd import register_autograd, register_vmap
 from ._dispatch import NAMESPACE, Implementation, checks_values, choose, refuse_forward_mode, register, why_not_triton
 
 
@@ -329,6 +329,7 @@ def _grad_backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 _grad = register_autograd(_grad_op, _grad_backward, _setup_grad)
+register_vmap(_grad_op)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -366,6 +367,7 @@ def _backward(ctx, grad_loss, *of_aux):  # type: ignore[no-untyped-def]
 
 
 _forward = register_autograd(_forward_op, _backward, _setup_context)
+register_vmap(_forward_op)
 
 
 def _triton(

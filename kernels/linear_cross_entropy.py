@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._autograd import register_autograd
+from ._autograd import register_autograd, register_vmap
 from ._dispatch import (
     NAMESPACE,
     Implementation,
@@ -381,6 +381,7 @@ def _gradients_backward(ctx, *grads):  # type: ignore[no-untyped-def]
 
 _LEAVES = ("input", "linear_weight", "linear_bias")
 _cpu_gradients = register_autograd(_cpu_gradients_op, _gradients_backward, _setup_gradients)
+register_vmap(_cpu_gradients_op)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -420,6 +421,7 @@ def _backward(ctx, grad_loss, *of_others):  # type: ignore[no-untyped-def]
 
 
 _loss = register_autograd(_op, _backward, _setup_context)
+register_vmap(_op)
 
 
 def _fused(
@@ -598,6 +600,7 @@ def _triton_gradients_backward(ctx, *grads):  # type: ignore[no-untyped-def]
 
 
 _gradients = register_autograd(_gradients_op, _triton_gradients_backward, _setup_triton_gradients)
+register_vmap(_gradients_op)
 
 
 def _setup_triton(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -620,6 +623,7 @@ def _backward_triton(ctx, grad_loss, *of_aux):  # type: ignore[no-untyped-def]
 
 
 _losses = register_autograd(_losses_op, _backward_triton, _setup_triton)
+register_vmap(_losses_op)
 
 
 def _triton(
