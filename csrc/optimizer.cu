@@ -102,6 +102,7 @@ __device__ __forceinline__ bool is_last_block(unsigned int* ticket) {
 // --- norm ---
 
 constexpr int kNormTensors = 1480;
+constexpr double kLargestFloat = std::numeric_limits<float>::max();  // the square of 1.8e19
 
 struct NormTable {
   const void* grad[kNormTensors];
@@ -126,41 +127,50 @@ __device__ T sum_over_block(T x) {
   return x;  // of thread 0
 }
 
+// Of what a thread reads of a chunk, summed in T.
+template <typename T, typename G>
+__device__ __forceinline__ T sum_of_squares(const G* grad, int n) {
+  constexpr int V = 16 / sizeof(G);
+  T sum = 0;
+  int done = 0;
+  if (reinterpret_cast<unsigned long long>(grad) % 16 == 0) {
+    done = n / V * V;
+#pragma unroll 4
+    for (int k = threadIdx.x * V; k < done; k += kThreads * V) {
+      Pack<G, V> g;
+      g.load_cached(grad + k);
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        const T x = widen(g.item[j]);
+        sum += x * x;
+      }
+    }
+  }
+  for (int k = done + threadIdx.x; k < n; k += kThreads) {
+    const T x = widen(grad[k]);
+    sum += x * x;
+  }
+  return sum;
+}
+
 // Chunks from the last to the first, so that the update, which begins with the first, finds them in L2. A sum of squares for
 // each chunk; the last block of the last launch adds them in the order of chunks: the same bits in every run.
 template <typename G, typename T>
 __global__ void __launch_bounds__(kThreads) norm_kernel(
     const __grid_constant__ NormTable table, double* partials, long long before, bool last_launch, const float* grad_scale,
     void* result, bool result_is_double, unsigned int* ticket) {
-  constexpr int V = 16 / sizeof(G);
   const int chunks = table.first[table.count];
   const int chunk = chunks - 1 - static_cast<int>(blockIdx.x);
-  T sum = 0;
+  double total = 0;
   if (chunk >= 0) {
     const int i = find(table.first, table.count, chunk);
     const long long begin = static_cast<long long>(chunk - table.first[i]) * kNormChunk;
     const int n = static_cast<int>(min(static_cast<long long>(kNormChunk), table.numel[i] - begin));
     const G* grad = static_cast<const G*>(table.grad[i]) + begin;
-    int done = 0;
-    if (reinterpret_cast<unsigned long long>(grad) % 16 == 0) {
-      done = n / V * V;
-#pragma unroll 4
-      for (int k = threadIdx.x * V; k < done; k += kThreads * V) {
-        Pack<G, V> g;
-        g.load_cached(grad + k);
-#pragma unroll
-        for (int j = 0; j < V; ++j) {
-          const T x = widen(g.item[j]);
-          sum += x * x;
-        }
-      }
-    }
-    for (int k = done + threadIdx.x; k < n; k += kThreads) {
-      const T x = widen(grad[k]);
-      sum += x * x;
-    }
+    total = sum_of_squares<T>(grad, n);
+    if (sizeof(T) < sizeof(double) && total > kLargestFloat) total = sum_of_squares<double>(grad, n);
   }
-  const double total = sum_over_block(static_cast<double>(sum));
+  total = sum_over_block(total);
   __shared__ bool last;
   if (threadIdx.x == 0) {
     if (chunk >= 0) partials[before + chunk] = total;
@@ -242,7 +252,7 @@ __device__ __forceinline__ void update_elements(
       w[j] = widen(param.item[j]);
     const T g = c.grad * widen(grad.item[j]) + c.l2 * w[j];
     m[j] = c.first(widen(exp_avg.item[j]), g);
-    v[j] = c.second(widen(exp_avg_sq.item[j]), g * g);
+    v[j] = c.second.of_square(widen(exp_avg_sq.item[j]), g);
     T u = v[j];
     if (e.max_exp_avg_sq != nullptr) {
       const T before = widen(largest.item[j]);
@@ -318,8 +328,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     update_elements<V, kStochastic, P, S, T>(e, c, o, count, begin + k);
   for (int k = whole + threadIdx.x; k < n; k += kThreads)
     update_elements<1, kStochastic, P, S, T>(e, c, o, count, begin + k);
-  // The block that drew the last ticket knows that every block has read its step: it counts them up.
   __syncthreads();
+  if (o.grad_scale != nullptr && !o.zero_grad) {  // a loop of its own: above it would take registers from all who scale nothing
+    P* grad = static_cast<P*>(e.grad) + begin;
+    const T scale = *o.grad_scale;
+    for (int k = threadIdx.x; k < n; k += kThreads) grad[k] = narrow<P>(widen(grad[k]) / scale);
+  }
+  // The block that drew the last ticket knows that every block has read its step: it counts them up.
   if (last)
     for (int k = threadIdx.x; k < table.count; k += kThreads) *table.entry[k].step += 1;
 }

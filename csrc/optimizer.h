@@ -4,13 +4,15 @@
 // For every element, in float32 (float64 for float64 parameters), with t the step after this one:
 //   g  = grad / grad_scale * min(1, max_norm / (norm + 1e-6)), negated to maximize
 //   g += weight_decay * w                       (Adam; AdamW: w loses lr * weight_decay * w below)
-//   m  = lerp(m, g, 1 - beta1);  v = lerp(v, g^2, 1 - beta2);  with amsgrad u = max(u, v), else u = v
+//   m  = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2;  with amsgrad u = max(u, v), else u = v
 //   w -= lr / (1 - beta1^t) * m / (sqrt(u) / sqrt(1 - beta2^t) + eps) + lr * weight_decay * w
-//   ema = lerp(ema, w, 1 - ema_decay)
+//   ema = ema_decay ema + (1 - ema_decay) w
+// grad itself becomes 0 (zero_grad), else grad / grad_scale where there is one, as torch's fused optimizers leave it.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "shared.h"
 
@@ -44,21 +46,31 @@ struct Options {
   bool norm_is_double, decoupled, zero_grad, stochastic;
 };
 
-// new = base + weight * (x - old), base = old or x. The weight is the smaller of w and 1 - w, so that neither a slow average
-// (the sum of rounded coefficients would not be 1) nor a fast one (what is left of old would not cancel) loses digits.
+// decay * old + (1 - decay) * x with one rounded coefficient w, the smaller one: as old - w old + w x, or x - w x + w old. So
+// neither a slow average (the sum of two rounded coefficients would not be 1) nor a fast one loses digits. No difference of old
+// and x is taken, which could overflow.
 template <typename T>
-struct Lerp {
+struct Average {
   T weight;
-  bool from_new;
-  WIKIGPT_SHARED Lerp(double decay) : weight(T(decay > 0.5 ? 1 - decay : -decay)), from_new(decay <= 0.5) {}
-  WIKIGPT_SHARED T operator()(T old, T x) const { return (from_new ? x : old) + weight * (x - old); }
+  bool fast;
+  WIKIGPT_SHARED Average(double decay) : weight(T(decay > 0.5 ? 1 - decay : -decay)), fast(decay <= 0.5) {}
+  WIKIGPT_SHARED T operator()(T old, T x) const {
+    return weight * x + (fast ? x : T(0)) + ((fast ? T(0) : old) - weight * old);
+  }
+  // Of x^2. Where even (1 - decay) x^2 leaves T the average is infinite from then on, and the step of that element 0, as in
+  // torch.optim: an infinite `old` must not meet its own negative, which would be NaN.
+  WIKIGPT_SHARED T of_square(T old, T x) const {
+    constexpr T kLargest = std::numeric_limits<T>::max();
+    const T part = old < kLargest || weight < 0 ? old : kLargest;
+    return (weight * x + (fast ? x : T(0))) * x + ((fast ? T(0) : old) - weight * part);
+  }
 };
 
 // The numbers of a step for one parameter, rounded once from float64.
 template <typename T>
 struct Coefficients {
   T grad, l2, step_size, denominator, eps, decay;
-  Lerp<T> first, second, ema;
+  Average<T> first, second, ema;
 
   WIKIGPT_SHARED Coefficients(const Group& group, const Options& options, double lr, float step, T grad_scale)
       : grad(group.maximize ? -grad_scale : grad_scale),

@@ -73,6 +73,17 @@ inline double sum_of_squares(const double* in, int64_t n) {
   return total;
 }
 
+// Where the sum in floats overflows, which a square does above 1.8e19.
+template <typename G>
+inline double sum_of_squares_in_double(const G* in, int64_t n) {
+  double total = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double x = static_cast<float>(in[i]);
+    total += x * x;
+  }
+  return total;
+}
+
 template <typename G>
 inline double sum_of_squares(const G* in, int64_t n) {
   float wide[kBlock];
@@ -86,12 +97,15 @@ inline double sum_of_squares(const G* in, int64_t n) {
 }
 
 inline double norm_chunk(const void* grad, Dtype dtype, int64_t begin, int64_t end) {
-  const int64_t n = end - begin;
+  const auto in_floats = [&](const auto* in) {
+    const double total = sum_of_squares(in, end - begin);
+    return std::isinf(total) ? sum_of_squares_in_double(in, end - begin) : total;
+  };
   switch (dtype) {
-    case Dtype::f32: return sum_of_squares(static_cast<const float*>(grad) + begin, n);
-    case Dtype::f16: return sum_of_squares(static_cast<const Half*>(grad) + begin, n);
-    case Dtype::bf16: return sum_of_squares(static_cast<const BFloat16*>(grad) + begin, n);
-    default: return sum_of_squares(static_cast<const double*>(grad) + begin, n);
+    case Dtype::f32: return in_floats(static_cast<const float*>(grad) + begin);
+    case Dtype::f16: return in_floats(static_cast<const Half*>(grad) + begin);
+    case Dtype::bf16: return in_floats(static_cast<const BFloat16*>(grad) + begin);
+    default: return sum_of_squares(static_cast<const double*>(grad) + begin, end - begin);
   }
 }
 
@@ -104,7 +118,7 @@ inline void update_block(
   const Coefficients<T> c = coefficients;
   for (int64_t i = 0; i < n; ++i) {
     const T w = param[i], g = c.grad * grad[i] + c.l2 * w;
-    const T m = c.first(exp_avg[i], g), v = c.second(exp_avg_sq[i], g * g);
+    const T m = c.first(exp_avg[i], g), v = c.second.of_square(exp_avg_sq[i], g);
     exp_avg[i] = m;
     exp_avg_sq[i] = v;
     T u = v;
@@ -118,8 +132,8 @@ inline void update_block(
 }
 
 template <typename T>
-inline void average_block(T* __restrict ema, const T* __restrict param, int64_t n, Lerp<T> lerp) {
-  for (int64_t i = 0; i < n; ++i) ema[i] = lerp(ema[i], param[i]);
+inline void average_block(T* __restrict ema, const T* __restrict param, int64_t n, Average<T> average) {
+  for (int64_t i = 0; i < n; ++i) ema[i] = average(ema[i], param[i]);
 }
 
 // P: the parameter and its gradient. S: its moments. T: master, ema and arithmetic.
@@ -142,7 +156,7 @@ inline void update_chunk(
     S *exp_avg = static_cast<S*>(e.exp_avg) + first, *exp_avg_sq = static_cast<S*>(e.exp_avg_sq) + first;
     S* largest = e.max_exp_avg_sq ? static_cast<S*>(e.max_exp_avg_sq) + first : nullptr;
     T* w = e.master ? static_cast<T*>(e.master) + first : load(param, wide[0], n);
-    const T* g = load(grad, wide[1], n);
+    T* g = load(grad, wide[1], n);
     T *m = load(exp_avg, wide[2], n), *v = load(exp_avg_sq, wide[3], n);
     if (largest)
       update_block<true>(w, g, m, v, load(largest, wide[4], n), n, c);
@@ -169,7 +183,13 @@ inline void update_chunk(
         }
     }
     if (e.ema) average_block(static_cast<T*>(e.ema) + first, e.master ? w : load(param, w, n), n, c.ema);
-    if (o.zero_grad) std::fill_n(grad, n, P(0));
+    if (o.zero_grad) {
+      std::fill_n(grad, n, P(0));
+    } else if (o.grad_scale) {
+      const T scale = *o.grad_scale;
+      for (int64_t i = 0; i < n; ++i) g[i] /= scale;
+      if constexpr (!std::is_same_v<P, T>) narrow(g, grad, n);
+    }
   }
 }
 

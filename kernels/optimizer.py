@@ -40,7 +40,8 @@ class Update(NamedTuple):
     steps                    N float32 tensors of one element: the steps done, counted up here
     lrs                      a tensor of one element for each group, on the device of params, in place of lr in hyper; or none
     norm                     of all gradients, divided by grad_scale; clipped to max_norm. None: no clipping
-    grad_scale, found_inf    float32, one element: gradients are divided by the one; where the other is not 0 nothing changes
+    grad_scale, found_inf    float32, one element: gradients are divided by the one, and left so in grads (not clipped);
+                             where the other is not 0 nothing changes
     ticket                   int32, one element, 0 before and after; on a GPU alone
     hyper                    (lr, beta1, beta2, eps, weight_decay, maximize) of each group, one after the other
     counts                   parameters of each group; they stand in the order of the groups
@@ -119,8 +120,13 @@ def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
 
 def grad_norm_reference(grads: Sequence[Tensor], grad_scale: Tensor | None = None, ticket: Tensor | None = None) -> Tensor:
     """The norm of all gradients as one vector, divided by grad_scale; float32, or float64 where a gradient is."""
-    total = torch.stack([_wide(grad).square().sum().to(_norm_dtype(grads)) for grad in grads]).sum().sqrt()
+    total = torch.stack([grad.to(_sum_dtype(grad.device)).square().sum() for grad in grads]).sum().sqrt().to(_norm_dtype(grads))
     return total if grad_scale is None else total / grad_scale
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    """Of sums of squares, which leave float32 where a gradient is above 1.8e19: float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _norm_dtype(grads: Sequence[Tensor]) -> torch.dtype:
@@ -133,6 +139,9 @@ def adamw_reference(u: Update) -> None:
         for part, lr, hyper in u.groups():
             for i in range(part.start, part.stop):
                 _adamw_of_one(u, i, factor, lr, *hyper)
+        if u.grad_scale is not None:
+            for grad in u.grads:
+                grad.copy_(_wide(grad) / u.grad_scale)
     if u.zero_grad:
         for grad in u.grads:
             grad.zero_()
@@ -149,10 +158,10 @@ def _adamw_of_one(
     g = -g if maximize else g
     if decay and not u.decoupled:
         g = g + decay * w
-    m = torch.lerp(_wide(u.exp_avgs[i]), g, 1 - beta1)
-    v = torch.lerp(_wide(u.exp_avg_sqs[i]), g * g, 1 - beta2)
+    m = beta1 * _wide(u.exp_avgs[i]) + (1 - beta1) * g
+    v = beta2 * _wide(u.exp_avg_sqs[i]) + (1 - beta2) * g * g  # in this order: g * g alone leaves float32 above 1.8e19
     largest = torch.maximum(_wide(u.max_exp_avg_sqs[i]), v) if u.max_exp_avg_sqs else v
-    change = lr / (1 - beta1**step) * (m / ((largest / (1 - beta2**step)).sqrt() + eps))
+    change = lr / (1 - beta1**step) * (m / (largest.sqrt() / math.sqrt(1 - beta2**step) + eps))
     if decay and u.decoupled:
         change = change + lr * decay * w
     w = w - change
@@ -178,17 +187,32 @@ def _adamw_of_one(
 
 
 def _grad_norm_torch(grads: Sequence[Tensor], grad_scale: Tensor | None = None, ticket: Tensor | None = None) -> Tensor:
-    total = torch.nn.utils.get_total_norm(grads).to(_norm_dtype(grads))
+    def norm(dtype: torch.dtype) -> Tensor:
+        norms = torch.stack(torch._foreach_norm(list(grads), 2, dtype))
+        return torch.linalg.vector_norm(norms, dtype=_sum_dtype(norms.device))
+
+    if grads[0].device.type == "cpu":
+        total = norm(_norm_dtype(grads))
+        if not total.isfinite():  # float64 takes ten times as long here, and costs a GPU nothing
+            total = norm(torch.float64)
+    else:
+        total = norm(_sum_dtype(grads[0].device))
+    total = total.to(_norm_dtype(grads))
     return total if grad_scale is None else total / grad_scale
 
 
 def _adamw_torch(u: Update) -> None:
-    """torch._fused_adamw_ and _fused_adam_, which clip by way of their grad_scale, with other passes around them. Leaves
-    scaled gradients in grads."""
-    factor = u.factor()
-    scale = None if factor is None else (1 / factor).float()
+    """torch._fused_adamw_ and _fused_adam_ with other passes around them."""
     widened = bool(u.masters) or u.stochastic
-    lists = [u.masters or u.params, u.grads, u.exp_avgs, u.exp_avg_sqs, u.max_exp_avg_sqs]
+    # These operators leave what they have divided by `scale` in the gradients. A copy is for what is clipped or wide there.
+    grads, scale = u.grads, u.grad_scale
+    if u.norm is not None:
+        factor: Any = u.factor()
+        if grads[0].dtype == torch.float64:  # scale is float32, and 1 / factor may be larger than that
+            grads, scale = list(torch._foreach_mul(grads, factor)), None
+        else:
+            grads, scale = grads if widened else [grad.clone() for grad in grads], (1 / factor).float()
+    lists = [u.masters or u.params, grads, u.exp_avgs, u.exp_avg_sqs, u.max_exp_avg_sqs]
     if widened:
         lists = [[tensor.float() for tensor in tensors] for tensors in lists]  # masters stay themselves
     torch._foreach_add_(u.steps, 1)
@@ -213,6 +237,9 @@ def _adamw_torch(u: Update) -> None:
         ema.lerp_(w.to(ema.dtype), weight)
     if u.zero_grad:
         torch._foreach_zero_(u.grads)
+    elif u.grad_scale is not None and lists[1] is not u.grads:
+        divisor = u.grad_scale if u.found_inf is None else u.grad_scale.where(u.found_inf == 0, 1)
+        torch._foreach_div_(u.grads, divisor.reshape(()))
 
 
 def _store_stochastically(u: Update, lists: list[list[Tensor]]) -> None:
@@ -369,7 +396,7 @@ def _distributed_norm(wholes: list[Any], function: Callable[..., Tensor], grads:
 
 
 def _in_layout(
-    i: int, p: Tensor, grad: Tensor, strides: tuple[int, ...], back: list[tuple[Tensor, Tensor]], zeroed: bool
+    i: int, p: Tensor, grad: Tensor, strides: tuple[int, ...], back: list[tuple[Tensor, Tensor]], written: bool
 ) -> tuple[Tensor, Tensor]:
     """(p, grad), each as it is or a copy with `strides`, which `back` then notes. ValueError for what no copy mends."""
     if grad.layout is not torch.strided:
@@ -385,7 +412,7 @@ def _in_layout(
             back.append((x, copy))
         return copy
 
-    return copied(p, True), copied(grad, zeroed)
+    return copied(p, True), copied(grad, written)
 
 
 def _check_range(name: str, value: Any, low: float, high: float, allowed: str) -> None:
@@ -620,14 +647,15 @@ class FusedAdam(torch.optim.Adam):
         return self._plan
 
     def _step(self, plan: _Plan, params: list[Tensor], grads: list[Any], norm_of: Callable[..., Tensor]) -> None:
+        device = params[plan.buckets[0].positions[0]].device
+        grad_scale, found_inf = (_one_float(getattr(self, name, None), device) for name in ("grad_scale", "found_inf"))
+        writes_grads = self.zeroes_grad or grad_scale is not None
         back: list[tuple[Tensor, Tensor]] = []  # (tensor, the copy of another layout in its place)
         for i, (p, grad, strides) in enumerate(zip(params, grads, plan.strides)):
             if grad is not None and not (
                 grad.layout is torch.strided and grad.dtype is p.dtype and grad.stride() == strides == p.stride()
             ):
-                params[i], grads[i] = _in_layout(i, p, grad, strides, back, self.zeroes_grad)
-        device = params[plan.buckets[0].positions[0]].device
-        grad_scale, found_inf = (_one_float(getattr(self, name, None), device) for name in ("grad_scale", "found_inf"))
+                params[i], grads[i] = _in_layout(i, p, grad, strides, back, writes_grads)
         norm = None
         if self.max_grad_norm is not None:
             present = [grad for grad in grads if grad is not None]
@@ -681,7 +709,8 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
 
     params: float32, bfloat16, float16 or float64, of any dense strides (others are copied there and back), on one device.
     max_grad_norm: clip gradients by their global norm, as torch.nn.utils.clip_grad_norm_ does before a step; the norm stays on
-        the device as `grad_norm`. p.grad itself is not changed.
+        the device as `grad_norm`. p.grad itself is not clipped. GradScaler.step() leaves it unscaled, as with torch's, except
+        in a step that it skips.
     ema_decay: keep state "ema" <- ema_decay * ema + (1 - ema_decay) * parameter, in float32 for 16-bit parameters
         (`ema_parameters`, `swap_ema`).
     master_weights: for 16-bit parameters keep state "master", float32, which is what is trained; moments are float32 too.

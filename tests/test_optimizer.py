@@ -249,6 +249,94 @@ def test_the_number_of_threads_changes_no_bit():
     assert_same(results[0], results[2])
 
 
+# --- gradients of every size -------------------------------------------------------------------------------------------
+
+# The square of 1.8e19 leaves float32; times 1 - beta2 = 0.001 that of 5.8e20 does. float16 ends at 65,504.
+SIZES = [0.0, 1e-30, 1e-22, 1e-10, 1.0, 300.0, 2e4, 1e10, 1.7e19, 1.9e19, 1e20, 5e20, 7e20, 1e30, 3e38]
+EVERY_SIZE = [sign * size for size in SIZES for sign in (1, -1)]
+KINDS = {
+    "float32": {},
+    "amsgrad": {"amsgrad": True, "maximize": True},
+    "short memory": {"betas": (0.3, 0.4)},
+    "no memory": {"betas": (0.0, 0.0)},
+    "ema": {"ema_decay": 0.9},
+    "float64": {"dtype": torch.float64},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float16": {"dtype": torch.float16, "eps": 1e-3},
+    "stochastic": {"dtype": torch.bfloat16, "stochastic_rounding": True},
+    "master of bfloat16": {"dtype": torch.bfloat16, "master_weights": True, "amsgrad": True},
+    "master of float16": {"dtype": torch.float16, "master_weights": True},
+}
+
+
+def steps_after(optimizer, p, first, steps=4):
+    """The parameter after each step: one with the gradient `first`, then ones of alternating sign."""
+    seen = []
+    for step in range(steps):
+        p.grad = first.to(p.dtype) if step == 0 else torch.full_like(p, (-1.0) ** step)
+        optimizer.step()
+        seen.append(p.detach().cpu().clone())
+    return torch.stack(seen)
+
+
+def assert_survives_as_in_torch(kind, gradients, device="cpu"):
+    """What stays finite, step by step, and in float32 what it is, as with torch.optim.AdamW(foreach=True)."""
+    options = {"lr": 1e-2, **KINDS[kind]}
+    dtype = options.pop("dtype", torch.float32)
+    mine = torch.nn.Parameter(torch.linspace(-1, 1, len(gradients)).to(device, dtype))
+    ours = steps_after(FusedAdamW([mine], **options), mine, gradients.to(device))
+    wide = options.pop("master_weights", False)
+    for name in ("stochastic_rounding", "ema_decay"):
+        options.pop(name, None)
+    plain = torch.nn.Parameter(torch.linspace(-1, 1, len(gradients)).to(dtype).to(torch.float32 if wide else dtype))
+    theirs = steps_after(torch.optim.AdamW([plain], **options, foreach=True), plain, gradients.to(dtype))
+    if kind == "no memory":  # 0 * inf of the step before is NaN there
+        theirs = theirs.where(theirs.isfinite() | ~gradients.isfinite(), ours.to(theirs.dtype))
+    assert torch.equal(ours.isfinite(), theirs.isfinite())
+    if dtype in (torch.float32, torch.float64):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_gradient_of_any_size_leaves_finite_what_torch_leaves_finite(device, kind):
+    gradients = torch.tensor([*EVERY_SIZE, math.inf, -math.inf, math.nan])
+    assert_survives_as_in_torch(kind, gradients, device)
+
+
+@pytest.mark.parametrize("kind", ["amsgrad", "float64", "bfloat16", "master of bfloat16", "stochastic"])
+def test_one_gradient_of_any_size_in_the_emulated_cuda_kernels(emulated, monkeypatch, kind):
+    monkeypatch.setattr(optimizer, "choose", lambda op, device_type: {"adamw": emulated.adamw}[op])
+    assert_survives_as_in_torch(kind, torch.tensor([*EVERY_SIZE, math.inf, -math.inf, math.nan]))
+
+
+def assert_clips_by_the_true_norm(largest, dtype, device="cpu"):
+    """The step that clipping in float64 gives."""
+    gradients = torch.tensor([1.0, -largest, largest / 2, 3.0], dtype=torch.float64).to(dtype)
+    mine = torch.nn.Parameter(torch.ones(4, dtype=dtype, device=device))
+    truth = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
+    mine.grad, truth.grad = gradients.to(device, copy=True), gradients.double()
+    o, plain = FusedAdamW([mine], lr=0.1, max_grad_norm=1.0), torch.optim.AdamW([truth], lr=0.1)
+    norm = torch.nn.utils.clip_grad_norm_([truth], 1.0)
+    o.step(), plain.step()
+    assert float(o.grad_norm) == pytest.approx(float(norm), rel=1e-6)
+    torch.testing.assert_close(mine.detach().cpu().double(), truth.detach(), rtol=2**-8, atol=0)
+
+
+LARGEST = [(torch.float32, 1e20), (torch.float32, 3e38), (torch.bfloat16, 1e30), (torch.float16, 6e4), (torch.float64, 1e100)]
+
+
+@pytest.mark.parametrize(("dtype", "largest"), LARGEST, ids=str)
+def test_clipping_by_a_norm_whose_square_leaves_float32(device, dtype, largest):
+    assert_clips_by_the_true_norm(largest, dtype, device)
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [case for case in LARGEST if case[0] != torch.float16], ids=str)
+def test_clipping_by_such_a_norm_in_the_emulated_cuda_kernels(emulated, monkeypatch, dtype, largest):
+    functions = {"grad_norm": emulated.grad_norm, "adamw": emulated.adamw}
+    monkeypatch.setattr(optimizer, "choose", lambda op, device_type: functions[op])
+    assert_clips_by_the_true_norm(largest, dtype)
+
+
 # --- 16 bits: master weights, stochastic rounding ----------------------------------------------------------------------
 
 
@@ -403,6 +491,66 @@ def test_an_inf_skips_the_step_on_the_device(device, options, zero_grad):
     o.step()
     assert not torch.equal(values(params), weights)
     assert float(o.state[params[0]]["step"]) == 3
+
+
+UNSCALED = {
+    "float32": {},
+    "clipped": {"max_grad_norm": 0.5, "ema_decay": 0.9, "amsgrad": True, "maximize": True},
+    "float64": {"dtype": torch.float64, "max_grad_norm": 0.5},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float16": {"dtype": torch.float16, "max_grad_norm": 0.5},
+    "master": {"dtype": torch.bfloat16, "master_weights": True},
+    "master, clipped": {"dtype": torch.float16, "master_weights": True, "max_grad_norm": 0.5},
+    "stochastic": {"dtype": torch.bfloat16, "stochastic_rounding": True, "max_grad_norm": 0.5},
+}
+TRANSPOSED = [(29, 701), (17, 33), (5, 1)]
+
+
+def gradients_after_scaled_steps(optimizer, params, strided=lambda x: x):
+    """Of three steps, the second of which is skipped."""
+    seen = []
+    for step, skipped in enumerate((False, True, False)):
+        set_grads(params, step, scale=96.0)
+        for p in params:
+            p.grad = strided(p.grad)
+        device = params[0].device
+        optimizer.grad_scale, optimizer.found_inf = (torch.tensor(x, device=device) for x in (96.0, float(skipped)))
+        optimizer.step()
+        seen.append(values([p.grad for p in params]))
+    return torch.stack(seen)
+
+
+def assert_leaves_what_torch_leaves(kind, device="cpu"):
+    options = dict(UNSCALED[kind])
+    dtype = options.pop("dtype", torch.float32)
+    mine, plain = make_params(dtype, device), make_params(dtype)
+    ours = gradients_after_scaled_steps(FusedAdamW(mine, **options), mine)
+    theirs = gradients_after_scaled_steps(torch.optim.AdamW(plain, fused=True), plain)
+    torch.testing.assert_close(ours, theirs, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", UNSCALED)
+def test_a_scaled_step_leaves_the_gradients_that_torch_leaves(device, kind):
+    assert_leaves_what_torch_leaves(kind, device)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, options in UNSCALED.items() if options.get("dtype") != torch.float16])
+def test_a_scaled_step_of_the_emulated_cuda_kernels_leaves_them_too(emulated, monkeypatch, kind):
+    functions = {"grad_norm": emulated.grad_norm, "adamw": emulated.adamw}
+    monkeypatch.setattr(optimizer, "choose", lambda op, device_type: functions[op])
+    assert_leaves_what_torch_leaves(kind)
+
+
+def test_a_scaled_step_leaves_them_in_any_layout(device):
+    mine, plain = make_params(device=device, shapes=TRANSPOSED), make_params(shapes=TRANSPOSED)
+    ours = gradients_after_scaled_steps(FusedAdamW(mine), mine, lambda x: x.t().contiguous().t())
+    theirs = gradients_after_scaled_steps(torch.optim.AdamW(plain, fused=True), plain)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_gradients_left_at_zero_are_zero_after_a_scaled_step_too(device):
+    params = make_params(device=device)
+    assert not gradients_after_scaled_steps(FusedAdamW(params, zero_grad=True, max_grad_norm=0.5), params).any()
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])
