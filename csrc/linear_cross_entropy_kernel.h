@@ -156,23 +156,28 @@ static void forward_tile(const Problem& p, const Chunk& c, const Tile& t, float*
 
 // Second pass over one tile: the exponentials become d loss / d logits in `gradient`, a buffer of the thread that stays in
 // its cache (writing back in place would double the traffic to memory), which feeds dW, db and this thread's dH^T.
+// Probabilities below 1e-30 become 0: where logits are far apart most of them are, and the products of what is near or below
+// the smallest normal number are several times slower.
 static void backward_tile(
     const Problem& p, const Chunk& c, const Tile& t, const float* tile_exp, const float* tile_max, float* gradient,
     float* dh, bool first) {
   const int64_t panels = c.rows / NR;
   for (int64_t panel = 0; panel < panels; ++panel) {
     const int64_t lane = panel * NR;
-    vf scale[2], shift[2];
+    vf scale[2], shift[2], least[2];
     for (int half = 0; half < 2; ++half) {
       const int64_t l = lane + half * VL;
-      scale[half] = exp_(load(tile_max + l) - load(c.lse + l)) * load(c.softmax_scale + l);
+      const vf of_tile = exp_(load(tile_max + l) - load(c.lse + l));
+      scale[half] = of_tile * load(c.softmax_scale + l);
       shift[half] = load(c.shift + l);
+      least[half] = 1e-30f / of_tile;
     }
     const int64_t offset = panel * t.rows * NR;
     for (int64_t i = 0; i < t.rows * NR; i += NR)
       for (int half = 0; half < 2; ++half) {
         const int64_t at = offset + i + half * VL;
-        store(gradient + at, load(tile_exp + at) * scale[half] - shift[half]);
+        const vf e = load(tile_exp + at);
+        store(gradient + at, (e < least[half] ? vf{} : e) * scale[half] - shift[half]);
       }
   }
   for (int64_t r = 0; r < c.count; ++r) {
