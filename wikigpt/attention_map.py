@@ -55,6 +55,7 @@ def figure(model: GPT, tokenizer: Tokenizer, text: str, layer: int | None = None
     ids = tokenizer.encode(text).tolist()
     if not ids:
         raise UserError("the text is empty, so there is no attention to draw: give at least one word")
+    ids = tokenizer.encode_prompt(text)
     check_tokens(model, ids)
     idx = torch.tensor([ids], device=model.head.weight.device)
     weights = model.attention_weights(idx)[:, 0].float().cpu().numpy()  # (n_layer, H, S, S)

@@ -54,7 +54,7 @@ def evaluate_bleu(
 
     if not pairs:
         raise ValueError("pairs: got none, must be 1 or more")
-    prompts = [tokenizer.encode(pair.prompt).tolist() for pair in pairs]
+    prompts = [tokenizer.encode_prompt(pair.prompt) for pair in pairs]
     context = model.config.context_length
     for pair, prompt in zip(pairs, prompts):
         if len(prompt) > context:

@@ -264,7 +264,7 @@ def evaluate(
     table = Table("protocol", "stride", "tokens", "nats/token", "perplexity", "per word")
     for name, step in rows:
         with console.status(f"{split}: {name}"):
-            figure = perplexity(model, tokens, tokenizer.eos_id, stride=step, stats=stats, dynamic_lr=dynamic_lr)
+            figure = perplexity(model, tokens, tokenizer.first_id, stride=step, stats=stats, dynamic_lr=dynamic_lr)
         nats = figure.nats / figure.tokens
         table.add_row(
             name + (" (dynamic)" if dynamic_lr else ""), str(step), f"{figure.tokens:,}", f"{nats:.4f}",

@@ -1,9 +1,9 @@
 """Perplexity as papers count it: every token of the split, `<eos>` included, predicted once.
 
-The stream is preceded by one `<eos>`, so that its first token is predicted too. Windows of context_length tokens move by
-`stride`; of each window only the last `stride` predictions count (of the first, all), so that with stride < context_length
-every token but the first few has at least context_length - stride tokens of context. stride = context_length is the plain
-blocked number.
+The stream is preceded by one `<eos>`, or by the token that a Hugging Face tokenizer begins with, so that its first token is
+predicted too. Windows of context_length tokens move by `stride`; of each window only the last `stride` predictions count (of
+the first, all), so that with stride < context_length every token but the first few has at least context_length - stride tokens
+of context. stride = context_length is the plain blocked number.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def to_stream(tokens: np.ndarray, first: int, vocab_size: int) -> Tensor:
 def perplexity(
     model: GPT,
     tokens: np.ndarray,
-    eos_id: int,
+    first_id: int,
     *,
     stride: int | None = None,
     batch_size: int = 16,
@@ -77,7 +77,7 @@ def perplexity(
     stats: SplitStats | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
-    """Perplexity of `model` on a token stream (N,) of ids.
+    """Perplexity of `model` on a token stream (N,) of ids, before which `first_id` is put: `Tokenizer.first_id`.
 
     stride defaults to context_length // 2. dynamic_lr > 0 is dynamic evaluation (Krause et al. 2018): after a window is
     scored, one step of SGD on it; the weights are restored at the end. `stats` of the split gives the word count.
@@ -88,7 +88,7 @@ def perplexity(
     if not 1 <= stride <= length:
         raise UserError(f"stride: got {stride}, must be between 1 and the model's context_length {length}")
     device = model.head.weight.device
-    ids = to_stream(tokens, eos_id, model.config.vocab_size).to(device)
+    ids = to_stream(tokens, first_id, model.config.vocab_size).to(device)
     n = ids.shape[0] - 1
     training = model.training
     model.eval()

@@ -142,14 +142,14 @@ def complete(
 ) -> list[str]:
     """What the model writes after each prompt: the text to put right behind it, without a final <eos>.
 
-    With stop_at_eos False a text goes on after <eos> (for words: after the line) up to max_new_tokens. An
-    empty prompt starts from <eos>. `stream_text` is called with pieces that add up to the returned text; a
-    piece is held back as long as later tokens could change it. It takes a single prompt, ValueError
-    otherwise. Further arguments and errors as in `generate`.
+    With stop_at_eos False a text goes on after <eos> (for words: after the line) up to max_new_tokens. A prompt starts
+    with the token that the tokenizer puts before a text, an empty one with <eos> where there is none. `stream_text` is
+    called with pieces that add up to the returned text; a piece is held back as long as later tokens could change it. It
+    takes a single prompt, ValueError otherwise. Further arguments and errors as in `generate`.
     """
     if stream_text is not None and len(prompts) != 1:
         raise ValueError(f"stream_text: got {len(prompts)} prompts, can follow 1")
-    rows = [tokenizer.encode(prompt).tolist() or [tokenizer.eos_id] for prompt in prompts]
+    rows = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     so_far: list[int] = []
     sent = 0
 

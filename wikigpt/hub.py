@@ -195,7 +195,7 @@ def _config_from(hf: dict[str, Any], where: Path, overrides: dict[str, Any]) -> 
         raise UserError(f"{where} makes no model ({error}): use another copy") from None
 
 
-def _config_to(model: GPT, eos_id: int | None) -> dict[str, Any]:
+def _config_to(model: GPT, special: dict[str, int]) -> dict[str, Any]:
     """The config.json of a model. Raises UserError where neither layout can hold it."""
     config = model.config
     learned = config.position == "learned"
@@ -216,8 +216,8 @@ def _config_to(model: GPT, eos_id: int | None) -> dict[str, Any]:
     common = {
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": eos_id,
-        "eos_token_id": eos_id,
+        "bos_token_id": special.get("bos_token_id"),
+        "eos_token_id": special.get("eos_token_id"),
         "initializer_range": 0.02,
         "use_cache": True,
         # One name for transformers 4 (and the vLLM of its time), one for transformers 5.
@@ -399,8 +399,8 @@ def save_pretrained(model: GPT, directory: str | Path, tokenizer: Tokenizer | No
     The layout is GPT-2's for learned positions, Llama's for rotary ones; a GPT-2 without biases gets zeros.
     Weights keep their dtype. Raises UserError where the model fits neither or a file cannot be written.
     """
-    eos_id = None if tokenizer is None else tokenizer.eos_id
-    hf = _config_to(model, eos_id)
+    special = {} if tokenizer is None else {"bos_token_id": tokenizer.first_id, "eos_token_id": tokenizer.eos_id}
+    hf = _config_to(model, special)
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} types, the model {model.config.vocab_size}: "
@@ -421,8 +421,7 @@ def save_pretrained(model: GPT, directory: str | Path, tokenizer: Tokenizer | No
     write_atomically(directory / "model.safetensors", lambda file: file.write(save(tensors, metadata={"format": "pt"})))
     if tokenizer is not None:
         _save_tokenizer(tokenizer, directory, model.config.context_length)
-        special = {"bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
-        _write_json(directory / "generation_config.json", special)
+        _write_json(directory / "generation_config.json", {**special, "pad_token_id": tokenizer.eos_id})
     _write_json(directory / "config.json", hf)
 
 
@@ -435,27 +434,33 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 class HubTokenizer(Tokenizer):
-    """A tokenizer.json of the Hub; `encode` gives the ids of transformers without those around a text."""
+    """A tokenizer.json of the Hub; `encode` gives the ids of transformers without those around a text.
+
+    bos_id is what its post-processor puts before a text, or else the one given. What it puts behind a text is left out.
+    """
 
     kind = "hub"
 
-    def __init__(self, model: str, eos_id: int) -> None:
+    def __init__(self, model: str, eos_id: int, bos_id: int | None = None) -> None:
         from tokenizers import Tokenizer as Model
 
         self._model = Model.from_str(model)
         self._model.no_truncation()
         self._model.no_padding()
         self.eos_id = eos_id
+        first = self._model.encode("a", add_special_tokens=True)
+        self.adds_bos = first.special_tokens_mask[:1] == [1]
+        self.bos_id = first.ids[0] if self.adds_bos else bos_id
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._model.encode(_without_surrogates(text), add_special_tokens=False).ids, dtype=np.int64)
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "model": self._model.to_str(), "eos_id": self.eos_id}
+        return {"kind": self.kind, "model": self._model.to_str(), "eos_id": self.eos_id, "bos_id": self.bos_id}
 
     def _text(self, ids: list[int]) -> str:
-        return self._model.decode([i for i in ids if i != self.eos_id], skip_special_tokens=False)
+        return self._model.decode([i for i in ids if i not in (self.eos_id, self.bos_id)], skip_special_tokens=False)
 
     def _label(self, token_id: int) -> str:
         text = self._text([token_id])
@@ -475,7 +480,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer | None:
     vocab, merges = directory / "vocab.json", directory / "merges.txt"
     if not path.is_file() and not (vocab.is_file() and merges.is_file()):
         return None
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
     from tokenizers import Tokenizer as Model
 
     try:
@@ -488,24 +493,33 @@ def load_tokenizer(source: str | Path) -> Tokenizer | None:
             model.decoder = decoders.ByteLevel()
             if model.token_to_id("<|endoftext|>") is not None:
                 model.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
+            # Only where there is no tokenizer.json: transformers, too, believes that file alone.
+            bos_id = _special_id("bos", directory, model)
+            if bos_id is not None and _settings(directory).get("add_bos_token"):
+                bos = model.id_to_token(bos_id)
+                model.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, bos_id)])
     except Exception as error:  # the library raises Exception itself
         raise UserError(f"{path} is no tokenizer ({' '.join(str(error).split())}): use another copy") from None
-    return HubTokenizer(model.to_str(), _eos_id(directory, model))
-
-
-def _eos_id(directory: Path, model: Model) -> int:
-    """By tokenizer_config.json, else config.json, else GPT-2's name for it."""
-    settings = directory / "tokenizer_config.json"
-    token = _read_json(settings).get("eos_token") if settings.is_file() else None
-    eos_id = model.token_to_id(str(token["content"] if isinstance(token, dict) else token)) if token else None
-    if eos_id is None and (directory / "config.json").is_file():
-        eos_id = _read_json(directory / "config.json").get("eos_token_id")
-        eos_id = eos_id[0] if isinstance(eos_id, list) else eos_id
+    eos_id = _special_id("eos", directory, model)
     if eos_id is None:
         eos_id = model.token_to_id("<|endoftext|>")
     if eos_id is None:
         raise UserError(f"{directory} names no end-of-text token: set eos_token in its tokenizer_config.json")
-    return eos_id
+    return HubTokenizer(model.to_str(), eos_id, _special_id("bos", directory, model))
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    path = directory / "tokenizer_config.json"
+    return _read_json(path) if path.is_file() else {}
+
+
+def _special_id(which: str, directory: Path, model: Model) -> int | None:
+    """The id of the "eos" or "bos" token by tokenizer_config.json, else config.json."""
+    token = _settings(directory).get(f"{which}_token")
+    token_id = model.token_to_id(str(token["content"] if isinstance(token, dict) else token)) if token else None
+    if token_id is None and (directory / "config.json").is_file():
+        token_id = _read_json(directory / "config.json").get(f"{which}_token_id")
+    return token_id[0] if isinstance(token_id, list) else token_id
 
 
 def _save_tokenizer(tokenizer: Tokenizer, directory: Path, context_length: int) -> None:
@@ -519,6 +533,7 @@ def _save_tokenizer(tokenizer: Tokenizer, directory: Path, context_length: int) 
     if isinstance(tokenizer, HubTokenizer):
         model = tokenizer._model
         settings["eos_token"] = model.id_to_token(tokenizer.eos_id)
+        settings["bos_token"] = model.id_to_token(tokenizer.first_id)
     else:
         model = _as_library_model(tokenizer)
         settings["eos_token"] = EOS

@@ -103,7 +103,7 @@ def encode_pairs(
                 "tokenizer; use --tokenizer bpe or byte"
             )
         completion = pair.completion.strip() if tokenizer.kind == "word" else pair.completion
-        p, c = (tokenizer.encode(text).tolist() for text in (pair.prompt, completion))
+        p, c = tokenizer.encode_prompt(pair.prompt), tokenizer.encode(completion).tolist()
         if len(p) + len(c) > context_length:
             raise UserError(
                 f"{pair.where}: {len(p)} prompt and {len(c)} completion tokens are {len(p) + len(c)}, the "

@@ -29,6 +29,18 @@ class Tokenizer(ABC):
     kind: str
     vocab_size: int
     eos_id: int
+    bos_id: int | None = None  # what a text begins with, where that is not eos_id
+    adds_bos = False  # whether it stands before every text, not before an empty one alone
+
+    @property
+    def first_id(self) -> int:
+        """What a model sees where no text has come yet."""
+        return self.eos_id if self.bos_id is None else self.bos_id
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of `text` as a model wants them: from first_id on, where texts begin with it or this one is empty."""
+        ids = self.encode(text).tolist()
+        return [self.first_id, *ids] if self.adds_bos or not ids else ids
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -249,7 +261,7 @@ def tokenizer_from_json(content: dict[str, Any]) -> Tokenizer:
         if content["kind"] == "hub":
             from wikigpt.hub import HubTokenizer
 
-            return HubTokenizer(content["model"], content["eos_id"])
+            return HubTokenizer(content["model"], content["eos_id"], content.get("bos_id"))
         reason = f"unknown kind {content['kind']!r}"
     except (KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
