@@ -1,5 +1,6 @@
 """cross_entropy of given logits: the Triton kernels, interpreted, and PyTorch's own, against the reference in float64."""
 
+import functools
 import itertools
 import math
 import os
@@ -20,6 +21,8 @@ module = import_module("wikigpt.kernels.cross_entropy")
 
 # One number, rows shorter than a block, rows of several blocks that end inside one; rows that do not fill a program's block.
 SHAPES = [(1, 1), (5, 11), (70, 300), (33, 515)]
+# None, one and all of (label_smoothing, softcap, z_loss, weighted).
+OPTIONS = [c for c in itertools.product((0.0, 0.1), (0.0, 5.0), (0.0, 1e-2), (False, True)) if sum(map(bool, c)) in (0, 1, 4)]
 
 
 @pytest.fixture
@@ -165,6 +168,48 @@ def test_target_logit_lse_and_hits_are_those_of_the_logits(implementation):
     torch.testing.assert_close(loss, F.cross_entropy(z, y))
 
 
+def through_aux(z, y, dtype, **options):
+    """Gradient of an objective of everything that has one, with another sign and size for each token."""
+    leaf = z.detach().to(dtype).requires_grad_()
+    loss, aux = cross_entropy(leaf, y, reduction="none", return_aux=True, **options)
+    rising = torch.linspace(-1, 2, len(y), dtype=dtype)
+    return torch.autograd.grad((loss * rising + aux.lse.square() * rising.flip(0) + aux.target_logits.sin()).sum(), leaf)[0]
+
+
+@pytest.mark.parametrize(("label_smoothing", "softcap", "z_loss", "weighted"), OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lse_and_target_logits_have_the_gradient_of_the_reference(
+    implementation, dtype, label_smoothing, softcap, z_loss, weighted
+):
+    z, y = problem(35, 301, dtype)  # a third of the targets is ignored, and these tokens have an lse all the same
+    weight = torch.rand(301, generator=torch.Generator().manual_seed(3)) + 0.1 if weighted else None
+    options = {"label_smoothing": label_smoothing, "softcap": softcap, "z_loss": z_loss, "weight": weight}
+    plain, truth = (through_aux(z, y, t, backend="reference", **options) for t in (dtype, torch.float64))
+    assert_as_accurate_as(through_aux(z, y, dtype, **options), plain, truth)
+
+
+@pytest.mark.parametrize("part", ["lse", "target_logits"])
+def test_one_of_them_alone_has_a_gradient(implementation, part):
+    z, y = problem(20, 301)
+    ours, plain = z.clone().requires_grad_(), z.clone().requires_grad_()
+    getattr(cross_entropy(ours, y, return_aux=True)[1], part).sum().backward()
+    getattr(cross_entropy(plain, y, return_aux=True, backend="reference")[1], part).sum().backward()
+    torch.testing.assert_close(ours.grad, plain.grad)
+
+
+def test_a_z_loss_made_of_lse_is_the_option(implementation):
+    z, y = problem(20, 301)
+    option = gradient(cross_entropy, z, y, torch.tensor(1.0), torch.float32, z_loss=0.01)
+
+    def by_hand(z, y, weight):
+        loss, aux = cross_entropy(z, y, weight, return_aux=True)
+        valid = y != -100
+        return loss + 0.01 * aux.lse[valid].square().sum() / valid.sum()
+
+    for a, b in zip(option, gradient(by_hand, z, y, torch.tensor(1.0), torch.float32)):
+        torch.testing.assert_close(a, b)
+
+
 def test_ignored_rows_are_not_read(triton):
     z, y = problem(6, 40)
     z[0] = math.nan
@@ -182,11 +227,14 @@ def test_nan_and_inf_reach_the_loss(implementation, bad):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_with_every_target_ignored_it_is_as_pytorch(implementation, reduction):
+@pytest.mark.parametrize(
+    "options", [{}, {"z_loss": 0.01}, {"label_smoothing": 0.1, "softcap": 5.0, "z_loss": 0.01, "weight": torch.ones(40)}]
+)
+def test_with_every_target_ignored_it_is_as_pytorch(implementation, reduction, options):
     z, y = problem(6, 40)
     y.fill_(-100)
     upstream = torch.ones(6) if reduction == "none" else torch.tensor(1.0)
-    ours = gradient(cross_entropy, z, y, upstream, torch.float32, reduction=reduction)
+    ours = gradient(cross_entropy, z, y, upstream, torch.float32, reduction=reduction, **options)
     theirs = gradient(F.cross_entropy, z, y, upstream, torch.float32, reduction=reduction)
     for o, t in zip(ours, theirs):
         torch.testing.assert_close(o, t, equal_nan=True)
@@ -211,6 +259,16 @@ def test_a_target_out_of_range_raises_or_gives_nan_but_reads_nothing(triton, mon
     assert torch.isnan(loss).tolist() == [False, True, False, False, False, False]
     assert torch.isnan(grad[1]).all()
     assert torch.isfinite(grad[2:]).all()
+
+
+@pytest.mark.parametrize("options", [{"dtype": torch.float64}, {"weight": torch.ones(40), "z_loss": 0.1}])
+def test_a_target_out_of_range_gives_nan_where_kernels_compute_a_part_or_nothing(triton, monkeypatch, options):
+    monkeypatch.setattr(module, "checks_values", lambda device_type: False)
+    z, y = problem(6, 40)
+    y[1] = 40
+    loss, grad = gradient(cross_entropy, z, y, torch.tensor(1.0), **{"dtype": torch.float32, **options})
+    assert torch.isnan(loss)
+    assert torch.isnan(grad[1]).all()
 
 
 def test_two_calls_give_the_same_bits(triton):
@@ -316,24 +374,160 @@ def test_there_is_no_forward_mode_derivative_and_it_says_so(triton):
         torch.func.jvp(lambda z: cross_entropy(z, target), (logits,), (torch.ones_like(logits),))
 
 
-def test_there_is_no_second_derivative_and_it_says_so(triton):
-    z, y = problem(4, 9)
-    z.requires_grad_()
-    (grad,) = torch.autograd.grad(cross_entropy(z, y), z, create_graph=True)
-    with pytest.raises(NotImplementedError, match="cross_entropy has no second derivative"):
-        grad.sum().backward()
+def second_derivative(function, leaves, dtype):
+    leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
+    grads = torch.autograd.grad(function(*leaves), leaves, create_graph=True)
+    return torch.autograd.grad(sum(grad.square().sum() for grad in grads), leaves)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("label_smoothing", "softcap", "z_loss", "weighted"), OPTIONS)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_second_derivative_is_that_of_the_reference(
+    implementation, reduction, label_smoothing, softcap, z_loss, weighted, inplace
+):
+    z, y = problem(7, 40)
+    weight = torch.rand(40, generator=torch.Generator().manual_seed(3)) + 0.1 if weighted else None
+
+    def penalty(z, **options):
+        loss = cross_entropy(
+            z * 1, y, weight, reduction=reduction, label_smoothing=label_smoothing, softcap=softcap, z_loss=z_loss, **options
+        )
+        return loss.square().sum()
+
+    (ours,) = second_derivative(functools.partial(penalty, inplace_backward=inplace), [z], torch.float32)
+    (plain,) = second_derivative(functools.partial(penalty, backend="reference"), [z], torch.float32)
+    (truth,) = second_derivative(functools.partial(penalty, backend="reference"), [z], torch.float64)
+    assert_as_accurate_as(ours, plain, truth)
+
+
+# --- what torch.func does with it -----------------------------------------------------------------------------------
+
+TRANSFORMS = {
+    "grad": lambda f, z, y: torch.func.grad(lambda z: f(z, y[0]).sum())(z[0]),
+    "jacrev": lambda f, z, y: torch.func.jacrev(f)(z[0], y[0]),
+    "vmap": lambda f, z, y: torch.func.vmap(f)(z, y),
+    "vmap(grad)": lambda f, z, y: torch.func.vmap(torch.func.grad(lambda z, y: f(z, y).sum()))(z, y),
+    "vmap(grad), one target": lambda f, z, y: torch.func.vmap(torch.func.grad(lambda z: f(z, y[0]).sum()))(z),
+    "grad(vmap)": lambda f, z, y: torch.func.grad(lambda z: torch.func.vmap(f)(z, y).sum())(z),
+    "jacrev(jacrev)": lambda f, z, y: torch.func.jacrev(torch.func.jacrev(f))(z[0, :1], y[0, :1]),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_torch_func_gives_what_it_gives_of_pytorchs(implementation, transform, reduction):
+    z, y = torch.randn(3, 4, 9), torch.randint(9, (3, 4))
+    y[:, 1] = -100
+    ours = TRANSFORMS[transform](functools.partial(cross_entropy, reduction=reduction), z, y[:, [0, 2, 3, 1]])
+    theirs = TRANSFORMS[transform](functools.partial(F.cross_entropy, reduction=reduction), z, y[:, [0, 2, 3, 1]])
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_target_out_of_range_is_found_among_the_samples_of_vmap(implementation):
+    z, y = torch.randn(3, 4, 9), torch.zeros(3, 4, dtype=torch.int64)
+    y[1, 2] = 9
+    with pytest.raises(IndexError, match="target: token 6 is 9"):
+        torch.func.vmap(cross_entropy)(z, y)
+
+
+# --- what else PyTorch takes ----------------------------------------------------------------------------------------
+
+
+def probabilities(*shape, dim=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(4)).softmax(dim)
+
+
+def indices(*shape):
+    y = torch.randint(5, shape, generator=torch.Generator().manual_seed(5))
+    return torch.where(torch.arange(y.numel()).view(shape) % 3 == 1, -100, y) if y.numel() > 1 else y
+
+
+PYTORCH = {
+    "one row": ((5,), indices()),
+    "rows": ((4, 5), indices(4)),
+    "no row": ((0, 5), indices(0)),
+    "pictures": ((2, 5, 3), indices(2, 3)),
+    "more pictures": ((2, 5, 3, 4), indices(2, 3, 4)),
+    "uint8": ((4, 5), indices(4).clamp(0).byte()),
+    "probabilities of one row": ((5,), probabilities(5, dim=0)),
+    "probabilities": ((4, 5), probabilities(4, 5)),
+    "probabilities of pictures": ((2, 5, 3), probabilities(2, 5, 3)),
+    "probabilities where both readings fit": ((2, 5, 5), probabilities(2, 5, 5)),
+    "probabilities of pictures of one class": ((2, 1, 3), probabilities(2, 1, 3)),
+    "one class both ways": ((2, 1, 1), torch.zeros(2, 1, dtype=torch.int64)),
+}
+
+
+@pytest.mark.parametrize("name", PYTORCH)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"weight": "some", "label_smoothing": 0.1}])
+def test_what_pytorch_takes_gives_what_pytorch_gives(implementation, name, reduction, options):
+    shape, y = PYTORCH[name]
+    z = torch.randn(shape, generator=torch.Generator().manual_seed(6))
+    if "weight" in options:
+        options = {**options, "weight": torch.rand(z.shape[min(1, z.dim() - 1)]) + 0.1}
+    ours, theirs = z.clone().requires_grad_(), z.clone().requires_grad_()
+    a = cross_entropy(ours, y, reduction=reduction, **options)
+    b = F.cross_entropy(theirs, y.long() if y.dtype == torch.uint8 else y, reduction=reduction, **options)
+    torch.testing.assert_close(a, b, equal_nan=True)
+    a.sum().backward()
+    b.sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, equal_nan=True)
+
+
+def test_class_probabilities_have_a_gradient_of_their_own(implementation):
+    z, p = torch.randn(4, 5), probabilities(4, 5)
+    ours, theirs = (torch.func.grad(lambda p, f=f: f(z, p, label_smoothing=0.1))(p) for f in (cross_entropy, F.cross_entropy))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("ignore_index", [-1, 0, 3, 2**40, -(2**40)])
+def test_any_number_may_be_the_ignored_one(implementation, ignore_index):
+    z, y = torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
+    y[1] = ignore_index
+    ours = cross_entropy(z, y, ignore_index=ignore_index)
+    torch.testing.assert_close(ours, F.cross_entropy(z, y, ignore_index=ignore_index))
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce")
+@pytest.mark.parametrize("old", list(itertools.product((None, False, True), repeat=2)))
+def test_arguments_are_where_pytorch_has_them(implementation, old):
+    z, y = torch.randn(4, 5), torch.tensor([0, -1, 2, 3])
+    arguments = (z, y, torch.rand(5), old[0], -1, old[1], "sum", 0.1)
+    torch.testing.assert_close(cross_entropy(*arguments), F.cross_entropy(*arguments))
+    names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
+    torch.testing.assert_close(cross_entropy(**dict(zip(names, arguments))), F.cross_entropy(*arguments))
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 5), (2, 5, 5, 5)])
+def test_logits_with_classes_last_or_second_are_refused_and_flat_ones_are_not(implementation, shape):
+    z, y = torch.randn(shape), torch.randint(5, shape[:-1])
+    with pytest.raises(ValueError, match=r"target: .*both fit.*input.flatten\(0, -2\)"):
+        cross_entropy(z, y)
+    last = cross_entropy(z.flatten(0, -2), y.flatten())
+    second = cross_entropy(z.movedim(1, -1).flatten(0, -2), y.flatten())
+    torch.testing.assert_close(last, F.cross_entropy(z.movedim(-1, 1), y))
+    torch.testing.assert_close(second, F.cross_entropy(z, y))
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"logits": torch.ones(2, 20, dtype=torch.int64)}, TypeError, r"logits: got dtype torch.int64"),
-        ({"logits": torch.ones(2, 0)}, ValueError, r"logits: got shape \(2, 0\)"),
+        ({"input": torch.ones(2, 20, dtype=torch.int64)}, TypeError, r"input: got dtype torch.int64"),
+        ({"input": torch.ones(2, 0)}, ValueError, r"input: got shape \(2, 0\)"),
+        ({"input": torch.tensor(1.0)}, ValueError, r"target: got shape \(2,\), logits \(\)"),
+        ({"target": torch.tensor([0, 1], dtype=torch.int32)}, TypeError, r"target: got dtype torch.int32"),
+        ({"target": torch.zeros(2, 20, dtype=torch.int64)}, ValueError, r"target: got shape \(2, 20\)"),
+        ({"target": torch.rand(2, 3)}, ValueError, r"target: got shape \(2, 3\)"),
+        ({"target": torch.rand(2, 20), "ignore_index": 3}, ValueError, r"ignore_index: got 3"),
+        ({"target": torch.rand(2, 20), "return_aux": True}, ValueError, r"return_aux: class probabilities"),
+        ({"weight": torch.ones(20, requires_grad=True)}, ValueError, r"weight: it requires a gradient"),
         ({"target": torch.tensor([0.0, 1.0])}, TypeError, r"target: got dtype torch.float32"),
         ({"target": torch.tensor([0])}, ValueError, r"target: got shape \(1,\)"),
         ({"target": torch.tensor([0, 20])}, IndexError, r"target: token 1 is 20"),
         ({"weight": torch.ones(8)}, ValueError, r"weight: got shape \(8,\)"),
-        ({"weight": torch.ones(20, device="meta")}, ValueError, r"weight: got device meta, logits is on cpu"),
+        ({"weight": torch.ones(20, device="meta")}, ValueError, r"weight: got device meta, input is on cpu"),
         ({"reduction": "avg"}, ValueError, r"reduction: got 'avg'"),
         ({"label_smoothing": -0.5}, ValueError, r"label_smoothing: got -0.5"),
         ({"z_loss": -1.0}, ValueError, r"z_loss: got -1.0"),
@@ -341,9 +535,9 @@ def test_there_is_no_second_derivative_and_it_says_so(triton):
     ],
 )
 def test_bad_arguments_are_named(implementation, change, error, message):
-    arguments = {"logits": torch.randn(2, 20), "target": torch.tensor([0, 1]), **change}
+    arguments = {"input": torch.randn(2, 20), "target": torch.tensor([0, 1]), **change}
     with pytest.raises(error, match=message):
-        cross_entropy(arguments.pop("logits"), arguments.pop("target"), **arguments)
+        cross_entropy(**arguments)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------------------------
