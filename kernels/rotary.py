@@ -50,11 +50,18 @@ def _angles(cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[Tensor,
     return (cos, sin) if cos.dim() == 2 else (cos[:, None], sin[:, None])
 
 
+def _wide(x: Tensor, cos: Tensor) -> torch.dtype:
+    """In which is computed: products of 16 bits would be rounded each, before they are added."""
+    return torch.promote_types(torch.promote_types(x.dtype, cos.dtype), torch.float32)
+
+
 def apply_rotary_emb_reference(
     x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False
 ) -> Tensor:
-    cos, sin = _angles(cos, sin, positions)
+    wide = _wide(x, cos)
+    cos, sin = (table.to(wide) for table in _angles(cos, sin, positions))
     turning, rest = x.split((2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]), dim=-1)
+    turning = turning.to(wide)
     x1, x2 = turning.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else turning.chunk(2, dim=-1)
     y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
     y = torch.stack((y1, y2), dim=-1).flatten(-2) if interleaved else torch.cat((y1, y2), dim=-1)
@@ -188,9 +195,13 @@ def _turn_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _turn_on_cpu(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool) -> Tensor:
     """The reference by the fewest passes over memory that PyTorch's operators allow."""
-    fits = x.dtype == cos.dtype == sin.dtype and x.dtype in (torch.float32, torch.float64) and x.is_cpu and x.numel() > 0
-    if not fits or cos.shape[-1] == 0 or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if not x.is_cpu or x.numel() == 0 or cos.shape[-1] == 0:
         return apply_rotary_emb_reference(x, cos, sin, positions, interleaved)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return apply_rotary_emb_reference(x, cos, sin, positions, interleaved)
+    dtype, wide = x.dtype, _wide(x, cos)
+    if not dtype == cos.dtype == sin.dtype == wide:
+        return _turn_on_cpu(x.to(wide), cos.to(wide), sin.to(wide), positions, interleaved).to(dtype)
     if interleaved:
         complex_view = x.stride(-1) == 1 and not any(n % 2 for n in (*x.stride()[:-1], x.storage_offset()))
         if complex_view:
