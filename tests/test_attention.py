@@ -1,11 +1,14 @@
 """Attention: reference and PyTorch's path against the formula in float64, and what cannot be computed."""
 
+import functools
 import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 from wikigpt.kernels import (
     alibi_slopes,
@@ -112,20 +115,163 @@ def tensors(**shapes):
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        (tensors(q=(2, 3, 4)), {}, "query: got 3 dimensions, need 4"),
+        (tensors(q=(4,)), {}, "query: got 1 dimensions, need 2 or more"),
         (tensors(k=(1, 2, 3, 5)), {}, "key: got head_dim 5, query has 4"),
         (tensors(v=(1, 2, 2, 4)), {}, r"value: got shape \(1, 2, 2, 4\), key has"),
-        (tensors(k=(1, 1, 3, 4), v=(1, 1, 3, 4)), {}, "key: got 1 heads for 2 query heads, they need enable_gqa=True"),
+        (tensors(q=(1, 4, 3, 4)), {}, "key: got 2 heads for 4 query heads, they need enable_gqa=True"),
         (tensors(q=(1, 3, 3, 4)), {"enable_gqa": True}, "key: got 2 heads for 3 query heads, they must divide"),
         (tensors(), {"attn_mask": torch.ones(3, 3, dtype=torch.bool), "is_causal": True}, "is_causal: cannot be True"),
         (tensors(), {"attn_mask": torch.ones(3, 3, dtype=torch.int64)}, "attn_mask: got dtype torch.int64"),
-        (tensors(), {"dropout_p": 1.0}, "dropout_p: got 1.0"),
+        (tensors(), {"dropout_p": 1.1}, "dropout_p: got 1.1, must be from 0 to 1"),
         ([*tensors()[:2], torch.randn(1, 2, 3, 4, dtype=torch.float64)], {}, "value: got dtype torch.float64"),
     ],
 )
 def test_bad_arguments_are_named(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         scaled_dot_product_attention(*arguments, **options)
+
+
+# --- what PyTorch accepts -------------------------------------------------------------------------------------------
+
+INTERPRETED = pytest.mark.skipif(not interpreting(), reason="needs the interpreter")
+TRITON = pytest.param("triton", marks=INTERPRETED)
+
+
+def normal(*shape, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape) + sum(shape))).to(dtype)
+
+
+def of(q, k, v=None, dtype=torch.float32):
+    return [normal(*shape, dtype=dtype) for shape in (q, k, k if v is None else v)]
+
+
+Q, K = (2, 4, 5, 8), (2, 4, 7, 8)
+INPUTS = {
+    "four dimensions": of(Q, K),
+    "float16": of(Q, K, dtype=torch.float16),
+    "bfloat16": of(Q, K, dtype=torch.bfloat16),
+    "float64": of(Q, K, dtype=torch.float64),
+    "two dimensions": of(Q[2:], K[2:]),
+    "three dimensions": of(Q[1:], K[1:]),
+    "five dimensions": of((3, *Q), (3, *K)),
+    "one dimension": of((8,), (8,)),
+    "no dimension": of((), ()),
+    "keys of fewer dimensions": of(Q, K[1:]),
+    "queries of fewer dimensions": of(Q[2:], K),
+    "one key head": of(Q, (2, 1, 7, 8)),
+    "one key head in three dimensions": of(Q[1:], (1, 7, 8)),
+    "one query head": of((2, 1, 5, 8), K),
+    "one key head and all value heads": of(Q, (2, 1, 7, 8), K),
+    "half the key heads": of(Q, (2, 2, 7, 8)),
+    "half the key heads and one value head": of(Q, (2, 2, 7, 8), (2, 1, 7, 8)),
+    "half the key heads and all value heads": of(Q, (2, 2, 7, 8), K),
+    "half the key heads in five dimensions": of((3, *Q), (3, 2, 2, 7, 8)),
+    "key heads that do not divide": of(Q, (2, 3, 7, 8)),
+    "more key heads than query heads": of((2, 2, 5, 8), K),
+    "no key heads": of(Q, (2, 0, 7, 8)),
+    "one batch of keys": of(Q, (1, 4, 7, 8)),
+    "one batch of values": of(Q, K, (1, 4, 7, 8)),
+    "one batch of queries": of((1, 4, 5, 8), K),
+    "batches that do not broadcast": of(Q, (3, 4, 7, 8)),
+    "wider values": of(Q, K, (2, 4, 7, 16)),
+    "values of no width": of(Q, K, (2, 4, 7, 0)),
+    "head_dim 0": of((2, 4, 5, 0), (2, 4, 7, 0), K),
+    "nothing of width": of((2, 4, 5, 0), (2, 4, 7, 0)),
+    "wide": of((1, 1, 5, 264), (1, 1, 7, 264)),
+    "no keys": of(Q, (2, 4, 0, 8)),
+    "no queries": of((2, 4, 0, 8), K),
+    "no batch": of((0, 4, 5, 8), (0, 4, 7, 8)),
+    "no heads": of((2, 0, 5, 8), (2, 0, 7, 8)),
+    "fewer values than keys": of(Q, K, (2, 4, 6, 8)),
+    "another head_dim": of(Q, (2, 4, 7, 9), K),
+    "another dtype": [normal(*Q), normal(*K).double(), normal(*K).double()],
+    "integers": [tensor.int() for tensor in of(Q, K)],
+    "complex numbers": [tensor + 0j for tensor in of(Q, K)],
+    "booleans": [tensor > 0 for tensor in of(Q, K)],
+    "8 bits": [tensor.to(torch.float8_e4m3fn) for tensor in of(Q, K)],
+    "expanded": [normal(1, 4, 5, 8).expand(Q), *of(K, K)[:2]],
+    "positions first": [tensor.transpose(1, 2) for tensor in of((2, 5, 4, 8), (2, 7, 4, 8))],
+    "head_dim in columns": [tensor.mT for tensor in of((2, 4, 8, 5), (2, 4, 8, 7))],
+    "every second number": [tensor[..., ::2] for tensor in of((2, 4, 5, 16), (2, 4, 7, 16))],
+}
+MASKS = {
+    "boolean": normal(5, 7) > -0.5,
+    "rows that see nothing": torch.arange(5)[:, None].expand(5, 7) > 2,
+    "additive": normal(5, 7),
+    "of no dimension": torch.tensor(0.5),
+    "boolean of no dimension": torch.tensor(True),
+    "of keys": normal(7),
+    "boolean of keys": torch.arange(7) < 4,
+    "of one number": normal(1),
+    "of queries": normal(5, 1),
+    "of heads": normal(4, 1, 1),
+    "of everything": normal(2, 4, 5, 7),
+    "of five dimensions": normal(3, 2, 4, 5, 7),
+    "of more batches": normal(3, 1, 5, 7),
+    "of other sizes": normal(4, 7),
+    "float16": normal(5, 7).half(),
+    "float64": normal(5, 7).double(),
+    "integer": torch.ones(5, 7, dtype=torch.int64),
+}
+FLAGS = {
+    "causal": {"is_causal": True},
+    "scale": {"scale": 0.3},
+    "negative scale": {"scale": -0.3},
+    "scale 0": {"scale": 0.0},
+    "everything dropped": {"dropout_p": 1.0},
+    "more than everything dropped": {"dropout_p": 1.5},
+    "grouped": {"enable_gqa": True},
+}
+CALLS = (
+    {"nothing": {}}
+    | {f"mask {name}": {"attn_mask": mask} for name, mask in MASKS.items()}
+    | FLAGS
+    | {
+        "grouped and causal": {"enable_gqa": True, "is_causal": True},
+        "mask and causal": {"attn_mask": MASKS["additive"], "is_causal": True},
+    }
+    | {f"grouped, mask {name}": {"enable_gqa": True, "attn_mask": MASKS[name]} for name in ("boolean", "additive", "of keys")}
+)
+NAMED = re.compile(r"(query|key|value|attn_mask|dropout_p|is_causal|enable_gqa)\b.*: got |^(is_causal|enable_gqa): ")
+
+
+def outcome(function, inputs, options):
+    try:
+        return function(*inputs, **options)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        return error
+
+
+SOME = ("nothing", "mask boolean", "mask of keys", "mask of five dimensions", "causal", "negative scale", "grouped")
+
+
+@pytest.mark.parametrize(
+    ("backend", "calls"),
+    [
+        ("auto", CALLS),
+        ("reference", CALLS),
+        ("torch", CALLS),
+        pytest.param("triton", SOME, marks=INTERPRETED),
+        pytest.param("triton", CALLS, marks=[INTERPRETED, pytest.mark.full]),
+    ],
+    ids=["auto", "reference", "torch", "triton", "triton in full"],
+)
+@pytest.mark.parametrize("name", INPUTS)
+def test_it_takes_exactly_what_pytorchs_takes(name, backend, calls):
+    """PyTorch's definition (SDPBackend.MATH) is the judge: its CPU kernel refuses masks of one dimension, and reads beyond a
+    value that has fewer positions than the key."""
+    for call in calls:
+        options = CALLS[call]
+        with sdpa_kernel(SDPBackend.MATH):
+            expected = outcome(F.scaled_dot_product_attention, INPUTS[name], options)
+        ours = outcome(functools.partial(scaled_dot_product_attention, backend=backend), INPUTS[name], options)
+        if isinstance(expected, Exception):
+            assert isinstance(ours, (ValueError, TypeError)), f"{call}: PyTorch says {expected}, ours {ours}"
+            assert NAMED.search(str(ours)), call
+        else:
+            assert not isinstance(ours, Exception), f"{call}: {ours}"
+            tolerance = {"rtol": 2e-2, "atol": 2e-2} if expected.dtype.itemsize == 2 else {}
+            torch.testing.assert_close(ours, expected, msg=lambda text, call=call: f"{call}: {text}", **tolerance)
 
 
 # --- the reference of every feature against three oracles ----------------------------------------------------------

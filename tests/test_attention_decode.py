@@ -576,7 +576,7 @@ def test_the_registered_op_keeps_pytorchs_rules(implementation, n_new):
     for name in CACHES:
         x[name].nan_to_num_()  # opcheck compares with ==
     args = (x["q"], x["k_cache"], x["v_cache"], x.get("k"), x.get("v"), None, None, x["cache_seqlens"], None, None)
-    options = (None, None, None, 0.25, -1, 0, 0.0, True, 2, implementation)
+    options = (None, None, None, 0.25, -1, 0, 0.0, True, 2, None, implementation)
     torch.library.opcheck(torch.ops.wikigpt.flash_attn_with_kvcache.default, (*args, x["block_table"], *options))
 
 

@@ -82,6 +82,21 @@ def _scores(x: Inputs, q: Tensor, k: Tensor, rows: slice, keys: slice) -> tuple[
     return scores.masked_fill(~seen, -math.inf), capped
 
 
+def _far_from_zero(lse: Tensor) -> bool:
+    """Whether lse has lost digits of the logarithm of a row's sum. A bias can put a whole row anywhere: in float32, from 2^25
+    on, exp(s - lse) adds up to as much as the number of keys."""
+    return bool((lse.abs() * torch.finfo(lse.dtype).eps > 1e-5).any())
+
+
+def _sums(x: Inputs, q: Tensor, k: Tensor, lse: Tensor, rows: slice, blocks: list[slice]) -> Tensor:
+    """What exp(s - lse) adds up to in each row, (H, rows): 1 but for the digits that lse has lost."""
+    total = torch.zeros_like(lse) if x.s_aux is None else torch.exp(x.s_aux.to(lse.dtype)[:, None] - lse)
+    for keys in blocks:
+        scores, _ = _scores(x, q[:, rows], k[:, keys], rows, keys)
+        total = total + torch.exp(scores - lse[..., None]).sum(-1)
+    return total.where(total > 0, 1.0)
+
+
 def _keep(x: Inputs, b: int, rows: slice, keys: slice) -> Tensor:
     """What dropout multiplies the weights (H, rows, keys) of sequence b by."""
     assert x.seed is not None
@@ -92,9 +107,8 @@ def _keep(x: Inputs, b: int, rows: slice, keys: slice) -> Tensor:
 
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     """(out, lse) of a checked problem."""
-    wide = torch.promote_types(x.q.dtype, torch.float32)
-    out = x.q.new_empty(*x.q.shape[:-1], x.v.shape[-1])
-    lse = x.q.new_empty(x.lse_shape(), dtype=wide)
+    out, lse = x.empty()
+    wide = lse.dtype
     if x.cu_seqlens_q is not None:  # tokens behind the last sequence see no key
         end = int(x.cu_seqlens_q[-1])
         out[end:], lse[:, end:] = 0.0, -math.inf
@@ -125,7 +139,8 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor]:
 def backward(
     x: Inputs, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, needs_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """(dq, dk, dv, dbias or None, delta) of a checked problem; dbias in the shape of x.bias, delta in that of lse."""
+    """(dq, dk, dv, dbias or None, delta) of a checked problem; dbias in the shape of x.bias, delta in that of lse, as
+    backward.py gives it."""
     dq, dk, dv = (torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in (x.q, x.k, x.v))
     if out.dtype != lse.dtype:  # its rounding would be the largest error of delta, and so of small gradients
         out, _ = forward(replace(x, q=x.q.to(lse.dtype), k=x.k.to(lse.dtype), v=x.v.to(lse.dtype)))
@@ -133,6 +148,7 @@ def backward(
     if grad_lse is not None:
         delta = delta - grad_lse
     delta = delta.masked_fill(lse == -math.inf, 0.0)
+    sinks_delta = delta if x.bias is None else delta.clone()
     dbias = x.bias.new_zeros(x.bias.shape, dtype=lse.dtype) if x.bias is not None and needs_bias else None
     for b in range(x.batch):
         one = _one(x, b)
@@ -141,9 +157,15 @@ def backward(
         q, k, v, do, lse_b = _wide(one.q) * x.softmax_scale, _wide(one.k), _wide(one.v), do.to(lse.dtype), _finite(lse_b)
         dq_b, dk_b, dv_b = (torch.zeros_like(tensor) for tensor in (q, k, v))
         for rows, blocks in _blocks(one):
+            inverse = None
+            if x.bias is not None and _far_from_zero(lse_b[:, rows]):
+                inverse = 1 / _sums(one, q, k, lse_b[:, rows], rows, blocks)
+                sinks_delta[b, :, rows] *= inverse
             for keys in blocks:
                 scores, capped = _scores(one, q[:, rows], k[:, keys], rows, keys)
                 weights = torch.exp(scores - lse_b[:, rows, None])
+                if inverse is not None:
+                    weights = weights * inverse[..., None]
                 dp = _product(do[:, rows], v[:, keys].mT)
                 kept = weights
                 if x.dropout_p > 0:
@@ -160,4 +182,4 @@ def backward(
                 dk_b[:, keys] += _grouped(ds, len(k)).mT @ _grouped(q[:, rows], len(k))
         for grad, total in ((grads.q, dq_b * x.softmax_scale), (grads.k, dk_b), (grads.v, dv_b)):
             grad[0] = total.transpose(0, 1)
-    return dq, dk, dv, None if dbias is None or x.bias is None else dbias.to(x.bias.dtype), delta
+    return dq, dk, dv, None if dbias is None or x.bias is None else dbias.to(x.bias.dtype), sinks_delta

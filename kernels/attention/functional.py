@@ -4,17 +4,46 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
+from torch.nn.attention.bias import CausalBias, CausalVariant
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .._dispatch import Implementation, checks_values, choose, debug_checks, register
+from .._dispatch import Implementation, checks_values, choose, debug_checks, only_on, register, why_not_triton
 from .op import attention, seed_for
-from .reference import Inputs
+from .reference import MAX_HEAD_DIM, Inputs, laid_out_like, visible
 
 # --- checks ---------------------------------------------------------------------------------------------------------
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def has_functions(tensor: Tensor) -> bool:
+    """Whether the tensor's type computes PyTorch's functions in its own way (CausalBias, MaskedTensor, nested tensors). What
+    lies in the memory of such a tensor need not be its numbers: that of a CausalBias is uninitialised."""
+    if type(tensor) in _PLAIN:
+        return tensor.is_nested
+    function = type(tensor).__torch_function__
+    inherited = getattr(function, "__func__", None) is Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
+    return tensor.is_nested or not (inherited or function is torch._C._disabled_torch_function_impl)
+
+
+def check_tensors(needed: dict[str, Tensor | None], **optional: Tensor | None) -> None:
+    """TypeError for what is missing, no tensor, or one whose memory need not hold its numbers."""
+    for name, tensor in (needed | optional).items():
+        if (type(tensor) is Tensor and not tensor.is_nested) or (tensor is None and name in optional):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, need a tensor")
+        if has_functions(tensor):
+            kind = "nested tensor" if tensor.is_nested else type(tensor).__name__
+            raise TypeError(f"{name}: got a {kind}, need a dense tensor without torch functions of its own: convert it first")
 
 
 def check(x: Inputs) -> Inputs:
@@ -33,8 +62,8 @@ def check(x: Inputs) -> Inputs:
             raise TypeError(f"{name}: got dtype {tensor.dtype}, q has {x.q.dtype}")
         if tensor.device != x.q.device:
             raise ValueError(f"{name}: got device {tensor.device}, q is on {x.q.device}")
-        if not 0 < tensor.shape[-1] <= 256:
-            raise ValueError(f"{name}: got head_dim {tensor.shape[-1]}, allowed are 1 to 256")
+        if not 0 < tensor.shape[-1] <= MAX_HEAD_DIM:
+            raise ValueError(f"{name}: got head_dim {tensor.shape[-1]}, allowed are 1 to {MAX_HEAD_DIM}")
     if x.k.shape[-1] != x.q.shape[-1]:
         raise ValueError(f"k: got head_dim {x.k.shape[-1]}, q has {x.q.shape[-1]}")
     if x.v.shape[:-1] != x.k.shape[:-1]:
@@ -45,9 +74,10 @@ def check(x: Inputs) -> Inputs:
     if heads != groups and (groups == 0 or heads % groups):
         raise ValueError(f"k: got {groups} heads for {heads} query heads, they must divide the query's")
     _check_lengths(x)
-    if not (math.isfinite(x.softmax_scale) and x.softmax_scale >= 0):
-        raise ValueError(f"softmax_scale: got {x.softmax_scale}, must be finite and 0 or more")
-    if not (math.isfinite(x.softcap) and x.softcap >= 0):
+    # Comparisons, because torch.compile cannot trace math.isfinite of a number that changes.
+    if not 0 <= x.softmax_scale < math.inf:
+        raise ValueError(f"softmax_scale: got {x.softmax_scale}, must be finite and 0 or more (for a negative one negate q)")
+    if not 0 <= x.softcap < math.inf:
         raise ValueError(f"softcap: got {x.softcap}, must be finite and 0 or more")
     if not 0.0 <= x.dropout_p < 1.0:
         raise ValueError(f"dropout_p: got {x.dropout_p}, must be at least 0 and below 1")
@@ -100,8 +130,13 @@ def _check_lengths(x: Inputs) -> None:
             raise ValueError(f"{name}: got device {tensor.device}, q is on {x.q.device}")
     if x.cu_seqlens_q is not None and (x.max_seqlen_q < 0 or x.max_seqlen_k < 0):
         raise ValueError(f"max_seqlen: got {x.max_seqlen_q} and {x.max_seqlen_k}, must be 0 or more")
-    if checks_values(x.q.device.type):
+    if checks_values(x.q.device.type) and all(map(readable, (x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_k))):
         check_values(x)
+
+
+def readable(tensor: Tensor | None) -> bool:
+    """Whether the values can be looked at: not of a fake tensor, nor of one that torch.func maps."""
+    return tensor is None or (type(tensor) in _PLAIN and not torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def check_values(x: Inputs) -> None:
@@ -125,16 +160,38 @@ def check_values(x: Inputs) -> None:
             raise ValueError(f"seqused_k: got {used}, must be 0 or more and at most {keys}, the keys of each sequence")
 
 
+def casting_to(device_type: str) -> torch.dtype | None:
+    """The dtype of autocast where it is on for such a device."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where it is on for their device, as PyTorch's own attention does."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+    dtype = casting_to(tensors[0].device.type)
+    if dtype is None or tensors[0].dtype == torch.float64:
         return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+    return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def _float(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float()
+
+
+def _at_least_2d(mask: Tensor | None) -> Tensor | None:
+    return mask if mask is None or mask.dim() > 1 else torch.atleast_2d(mask)
+
+
+def changing(softmax_scale: float | None, default: float, softcap: float) -> Tensor | None:
+    """softmax_scale (or its default) and softcap as a tensor (2), where torch.compile sees numbers that change from call to
+    call. As arguments of an operator they would become constants of the graph, and every value would be compiled again."""
+    if not torch.compiler.is_compiling():
+        return None
+    if (softmax_scale is None or has_static_value(softmax_scale)) and has_static_value(softcap):
+        return None
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    return torch.stack([one * (default if softmax_scale is None else softmax_scale), one * softcap])
 
 
 # --- PyTorch's signature --------------------------------------------------------------------------------------------
@@ -155,32 +212,65 @@ def _torch(
     )
 
 
+def covered(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Inputs | None:
+    """The problem without its seed, all dimensions before the heads joined to one batch; None where it is not for our
+    kernels."""
+    rank, lead = query.dim(), query.shape[:-3]
+    if not (rank > 2 and rank == key.dim() == value.dim() and lead == key.shape[:-3] == value.shape[:-3]):
+        return None
+    if key.shape[-3] not in (1, query.shape[-3]) and not enable_gqa:
+        return None
+    if attn_mask is not None:
+        if is_causal or attn_mask.dtype not in (torch.bool, query.dtype, torch.float32) or attn_mask.dim() > rank:
+            return None
+        if rank > 4 and attn_mask.dim() > 3:
+            attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).flatten(0, -4)
+    if rank != 4:
+        query, key, value = (t.reshape(math.prod(lead), *t.shape[-3:]) for t in (query, key, value))
+    additive = attn_mask is not None and attn_mask.dtype != torch.bool
+    x = Inputs(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        bias=attn_mask if additive else None,
+        mask=None if additive else attn_mask,
+        dropout_p=dropout_p,
+        softmax_scale=1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale,
+        window_right=0 if is_causal else -1,
+        top_left=True,
+    )
+    try:
+        return check(x)
+    except (TypeError, ValueError):
+        return None
+
+
+def seeded(x: Inputs) -> Inputs:
+    return replace(x, seed=seed_for(x.dropout_p, x.q.device)) if x.dropout_p > 0 else x
+
+
+def as_pytorchs(out: Tensor, query: Tensor) -> Tensor:
+    """The output (B, S, H, Dv) of the problem that `covered` made of `query` and others, in query's dimensions and layout."""
+    out = out.transpose(1, 2)
+    return laid_out_like(query, out if query.dim() == 4 else out.reshape(*query.shape[:-1], out.shape[-1]))
+
+
 def _ours(backend: str) -> Any:
-    def function(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        dropout_p: float,
-        is_causal: bool,
-        scale: float | None,
-        enable_gqa: bool,
-    ) -> Tensor:
-        query, key, value = autocast(query, key, value)
-        additive = attn_mask is not None and attn_mask.dtype != torch.bool
-        x = Inputs(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            bias=attn_mask if additive else None,
-            mask=None if additive else attn_mask,
-            seed=seed_for(dropout_p, query.device),
-            dropout_p=dropout_p,
-            softmax_scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
-            window_right=0 if is_causal else -1,
-            top_left=True,
-        )
-        return attention(check(x), backend, need_lse=False)[0].transpose(1, 2)
+    def function(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *options: Any) -> Tensor:
+        q, k, v = autocast(query, key, value)
+        x = covered(q, k, v, attn_mask, *options)
+        if x is None:
+            return _torch(query, key, value, attn_mask, *options)
+        return as_pytorchs(attention(seeded(x), backend, need_lse=False)[0], q)
 
     return function
 
@@ -202,23 +292,10 @@ def _cpu(
     return function(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
-def _only(device_type_of: str, op: str = "flash_attention") -> Any:
-    """Whether `attention` has that backend on a device, as a `why_not`."""
-
-    def why_not(device_type: str) -> str | None:
-        try:
-            choose(op, device_type, device_type_of)
-        except RuntimeError as error:
-            return str(error).rsplit(": ", 1)[1]
-        return None
-
-    return why_not
-
-
 register(
     "attention",
-    Implementation("triton", _ours("triton"), _only("triton")),
-    Implementation("cpu", _cpu, _only("cpu")),
+    Implementation("triton", _ours("triton"), why_not_triton),
+    Implementation("cpu", _cpu, only_on("cpu")),
     Implementation("torch", _torch),
     Implementation("reference", _ours("reference")),
 )
@@ -233,27 +310,76 @@ def _check_sdpa(
     is_causal: bool,
     enable_gqa: bool,
 ) -> None:
-    casting = torch.is_autocast_enabled(query.device.type)  # it makes the dtypes equal
+    """ValueError that names the argument, for what PyTorch refuses too or, unchecked, reads beyond its tensors for."""
+    casting = casting_to(query.device.type) is not None  # it makes the dtypes equal
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() != 4:
-            raise ValueError(f"{name}: got {tensor.dim()} dimensions, need 4: (batch, heads, positions, head_dim)")
+        if tensor.dim() < 2:
+            raise ValueError(f"{name}: got {tensor.dim()} dimensions, need 2 or more: (..., positions, head_dim)")
+        if tensor.dtype not in _FLOATS:
+            raise ValueError(f"{name}: got dtype {tensor.dtype}, allowed are float16, bfloat16, float32 and float64")
         if tensor.dtype != query.dtype and not casting:
             raise ValueError(f"{name}: got dtype {tensor.dtype}, query has {query.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name}: got device {tensor.device}, query is on {query.device}")
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(f"key: got head_dim {key.shape[-1]}, query has {query.shape[-1]}")
-    if key.shape[-2] != value.shape[-2] or key.shape[-3] != value.shape[-3]:
+    if key.shape[-2] != value.shape[-2]:
         raise ValueError(f"value: got shape {tuple(value.shape)}, key has {tuple(key.shape)}")
-    heads, groups = query.shape[-3], key.shape[-3]
-    if heads != groups and (not enable_gqa or groups == 0 or heads % groups):
-        way_out = "must divide the query's" if enable_gqa else "need enable_gqa=True"
-        raise ValueError(f"key: got {groups} heads for {heads} query heads, they {way_out}")
+    if dropout_p is None:
+        raise TypeError("dropout_p: got None, must be from 0 to 1")
+    if attn_mask is not None:
+        fits = attn_mask.dtype in (torch.bool, query.dtype, torch.float32) or (casting and attn_mask.is_floating_point())
+        if not fits:
+            raise ValueError(f"attn_mask: got dtype {attn_mask.dtype}, allowed are bool, float32 and query's {query.dtype}")
+        if attn_mask.device != query.device:
+            raise ValueError(f"attn_mask: got device {attn_mask.device}, query is on {query.device}")
+    if value.numel() == 0 or 0 in query.shape[:-1]:
+        return  # PyTorch gives nothing or zeros, whatever else is given
     if attn_mask is not None and is_causal:
         raise ValueError("is_causal: cannot be True when attn_mask is given")
-    fits = attn_mask is None or attn_mask.dtype in (torch.bool, query.dtype) or (casting and attn_mask.is_floating_point())
-    if attn_mask is not None and not fits:
-        raise ValueError(f"attn_mask: got dtype {attn_mask.dtype}, allowed are bool and query's {query.dtype}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p: got {dropout_p}, must be at least 0 and below 1")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p: got {dropout_p}, must be from 0 to 1")
+    scores = _scores_shape(query, key, value, enable_gqa)
+    if attn_mask is None:
+        return
+    if attn_mask.dim() > len(scores) or any(n not in (1, m) for n, m in zip(reversed(attn_mask.shape), reversed(scores))):
+        raise ValueError(f"attn_mask: got shape {tuple(attn_mask.shape)}, must broadcast to {scores}")
+
+
+def _scores_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
+    """(..., S, T), where all but the last two dimensions of query, key and value broadcast, heads with enable_gqa repeated."""
+    leads = [list(tensor.shape[:-2]) for tensor in (query, key, value)]
+    for name, lead in zip(("key", "value"), leads[1:]):
+        if enable_gqa and not (leads[0] and lead):
+            raise ValueError(
+                f"enable_gqa: needs heads, which query ({query.dim()} dimensions) or {name} ({len(lead) + 2}) lacks"
+            )
+        if not lead or not leads[0] or lead[-1] == leads[0][-1]:
+            continue
+        heads, groups = leads[0][-1], lead[-1]
+        if enable_gqa and groups > 0 and heads % groups == 0:
+            lead[-1] = heads
+        elif enable_gqa or 1 not in (heads, groups):
+            way_out = "must divide the query's" if enable_gqa else "need enable_gqa=True"
+            raise ValueError(f"{name}: got {groups} heads for {heads} query heads, they {way_out}")
+    try:
+        torch.broadcast_shapes(*leads)
+        return (*torch.broadcast_shapes(*leads[:2]), query.shape[-2], key.shape[-2])
+    except RuntimeError:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
+        raise ValueError(f"query, key and value: got shapes {shapes}, whose leading dimensions do not broadcast") from None
+
+
+def _translated(query: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tuple[Tensor | None, bool]:
+    """(attn_mask, is_causal) with a CausalBias as the flag or the boolean mask that it stands for."""
+    if not isinstance(attn_mask, CausalBias):
+        return _at_least_2d(attn_mask), is_causal
+    if is_causal:
+        raise ValueError("is_causal: cannot be True when attn_mask is given")
+    s, t = attn_mask.seq_len_q, attn_mask.seq_len_kv
+    if attn_mask.variant == CausalVariant.UPPER_LEFT or s == t:
+        return None, True
+    return visible(s, t, -1, 0, t - s, query.device), False
 
 
 def scaled_dot_product_attention(
@@ -272,13 +398,33 @@ def scaled_dot_product_attention(
 
     query (B, H, S, D), key (B, G, T, D), value (B, G, T, Dv); attn_mask boolean (True: takes part; whole masked blocks are
     skipped) or additive (it gets a gradient), broadcastable to (B, H, S, T); scale defaults to 1 / sqrt(D); is_causal aligns
-    the diagonal at the top left, as PyTorch does. Returns (B, H, S, Dv).
-    Raises ValueError where ranks, head counts or dtypes do not fit, or where attn_mask and is_causal are both given.
+    the diagonal at the top left, as PyTorch does. Returns (B, H, S, Dv), in memory in the order of query's dimensions.
+
+    Whatever else PyTorch's takes goes to PyTorch's, on every backend: other numbers of dimensions, batches and heads that
+    broadcast, head_dim 0, nested and distributed tensors, a negative scale, dropout_p = 1.
+    Raises ValueError where ranks, shapes or dtypes do not fit, or where attn_mask and is_causal are both given; TypeError for
+    what is no tensor.
     """
-    q, k = query.shape, key.shape
     # One comparison for what is nearly always so: generation calls this thousands of times a second.
-    simple = attn_mask is None and 0.0 <= dropout_p < 1.0 and query.dtype == key.dtype == value.dtype
-    if not (simple and len(q) == 4 and value.shape == k and q[:2] == k[:2] and q[3] == k[3]):
+    simple = (
+        attn_mask is None
+        and type(query) is type(key) is type(value) is Tensor
+        and query.dtype == key.dtype == value.dtype
+        and dropout_p is not None
+        and 0.0 <= dropout_p < 1.0
+        and not (query.is_nested or key.is_nested or value.is_nested)
+    )
+    if simple:
+        q, k = query.shape, key.shape
+        simple = len(q) == 4 and value.shape == k and q[:2] == k[:2] and q[3] == k[3] and query.dtype in _FLOATS
+    if not simple:
+        for name, tensor in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
+            if not isinstance(tensor, Tensor) and not (tensor is None and name == "attn_mask"):
+                raise TypeError(f"{name}: got {type(tensor).__name__}, need a tensor")
+        attn_mask, is_causal = _translated(query, attn_mask, is_causal)
+        given = [tensor for tensor in (query, key, value, attn_mask) if tensor is not None]
+        if any(has_functions(tensor) or is_traceable_wrapper_subclass(tensor) for tensor in given):
+            return _torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         _check_sdpa(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     function = choose("attention", query.device.type, backend)
     out: Tensor = function(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -288,43 +434,63 @@ def scaled_dot_product_attention(
 # --- flash-attn's signatures ----------------------------------------------------------------------------------------
 
 
-def _window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
-    if len(window_size) != 2 or any(int(n) != n or n < -1 for n in window_size):
+def _window(window_size: Any, causal: bool) -> tuple[int, int]:
+    """(left, right); None, for both or one, is no limit."""
+    try:
+        left, right = (-1, -1) if window_size is None else (-1 if n is None else n for n in window_size)
+        fits = int(left) == left and int(right) == right and left >= -1 and right >= -1
+    except (TypeError, ValueError, OverflowError):
+        fits = False
+    if not fits:
         raise ValueError(f"window_size: got {window_size}, need (left, right), each 0 or more, or -1 for no limit")
     # As in flash-attn: a causal window has no keys on the right, whatever was asked for.
-    return int(window_size[0]), 0 if causal else int(window_size[1])
+    return int(left), 0 if causal else int(right)
 
 
 def _flash(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    dropout_p: float,
+    dropout_p: float | None,
     softmax_scale: float | None,
     causal: bool,
-    window_size: tuple[int, int],
-    softcap: float,
+    window_size: Any,
+    softcap: float | None,
     alibi_slopes: Tensor | None,
     s_aux: Tensor | None,
     return_attn_probs: bool,
     backend: str | None,
-    **others: Any,
+    attn_bias: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    **packed: Any,
 ) -> Any:
+    check_tensors(
+        {"q": q, "k": k, "v": v}, alibi_slopes=alibi_slopes, s_aux=s_aux, attn_bias=attn_bias, attn_mask=attn_mask,
+        seqused_k=seqused_k,
+    )  # fmt: skip
     q, k, v = autocast(q, k, v)
     left, right = _window(window_size, causal)
+    dropout_p = 0.0 if dropout_p is None else dropout_p
+    softcap = 0.0 if softcap is None else softcap
+    default = 1 / math.sqrt(max(q.shape[-1], 1))
     x = Inputs(
         q,
         k,
         v,
+        bias=_at_least_2d(attn_bias),
+        mask=_at_least_2d(attn_mask),
         alibi_slopes=_float(alibi_slopes),
         s_aux=_float(s_aux),
+        seqused_k=seqused_k,
         seed=seed_for(dropout_p, q.device),
+        changing=changing(softmax_scale, default, softcap),
         dropout_p=dropout_p,
-        softmax_scale=1 / math.sqrt(max(q.shape[-1], 1)) if softmax_scale is None else softmax_scale,
+        softmax_scale=default if softmax_scale is None else softmax_scale,
         window_left=left,
         window_right=right,
         softcap=softcap,
-        **others,
+        **packed,
     )
     out, lse = attention(check(x), backend, need_lse=return_attn_probs)
     return (out, lse, None) if return_attn_probs else out
@@ -334,11 +500,11 @@ def flash_attn_func(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    dropout_p: float = 0.0,
+    dropout_p: float | None = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    window_size: tuple[int | None, int | None] | None = (-1, -1),
+    softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -351,7 +517,7 @@ def flash_attn_func(
 ) -> Any:
     """Flash attention with the signature of the flash-attn package, plus sinks, bias and mask (Dao 2023).
 
-    q (B, S, H, D), k (B, T, G, D), v (B, T, G, Dv) in float16, bfloat16 or float32, H a multiple of G, D and Dv to 256.
+    q (B, S, H, D), k (B, T, G, D), v (B, T, G, Dv) in float16, bfloat16 or float32, H a multiple of G, D and Dv to 1,024.
     softmax_scale defaults to 1 / sqrt(D). causal and window_size (left, right) count from the diagonal that ends at the last
     key (bottom right). softcap c > 0 replaces scores by c tanh(score / c). alibi_slopes (H) or (B, H). s_aux (H): one logit
     more in every softmax, without a value. attn_bias and attn_mask (bool, True: takes part) broadcast to (B, H, S, T).
@@ -364,7 +530,7 @@ def flash_attn_func(
     """
     return _flash(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, return_attn_probs, backend,
-        bias=attn_bias, mask=attn_mask, seqused_k=seqused_k,
+        attn_bias=attn_bias, attn_mask=attn_mask, seqused_k=seqused_k,
     )  # fmt: skip
 
 
@@ -392,11 +558,11 @@ def flash_attn_varlen_func(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    dropout_p: float = 0.0,
+    dropout_p: float | None = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    window_size: tuple[int | None, int | None] | None = (-1, -1),
+    softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -414,6 +580,10 @@ def flash_attn_varlen_func(
     Raises ValueError or TypeError as `flash_attn_func`; the values of cu_seqlens are checked on the CPU, and on a GPU only
     under `debug_checks()`, because reading them waits for the device.
     """
+    check_tensors({"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k})
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if longest is None:
+            raise TypeError(f"{name}: got None, need the length of the longest sequence")
     return _flash(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, return_attn_probs, backend,
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,

@@ -17,16 +17,16 @@ from __future__ import annotations
 
 import importlib
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._dispatch import NAMESPACE, Implementation, choose, only_on, register, why_not_triton
-from .functional import _float, _window
+from .._dispatch import NAMESPACE, Implementation, checks_values, choose, only_on, register, why_not_triton
+from .functional import _float, _window, casting_to, changing, check_tensors, readable
 from .op import attention
-from .reference import Inputs
+from .reference import MAX_HEAD_DIM, Inputs
 
 MAX_SPLITS = 128
 
@@ -55,6 +55,7 @@ class CacheInputs:
     softcap: float
     rotary_interleaved: bool
     num_splits: int  # 0: as many as fill the device
+    changing: Tensor | None = None  # as in reference.Inputs
 
     @property
     def capacity(self) -> int:
@@ -185,12 +186,16 @@ def _flash_attn_with_kvcache(
     softcap: float,
     rotary_interleaved: bool,
     num_splits: int,
+    changing: Tensor | None,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     x = CacheInputs(
         q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table,
         alibi_slopes, s_aux, seqlen, softmax_scale, window_left, window_right, softcap, rotary_interleaved, num_splits,
     )  # fmt: skip
+    if changing is not None:
+        softmax_scale, softcap = changing.tolist()
+        x = replace(x, softmax_scale=softmax_scale, softcap=softcap)
     if implementation != "triton" or q.dtype == torch.float64:
         return _plain(x, "reference" if implementation == "triton" else implementation)
     out, lse = importlib.import_module(".decode", __package__).forward(x)
@@ -233,8 +238,8 @@ def _check(x: CacheInputs) -> CacheInputs:
     if x.v_cache.shape[:3] != x.k_cache.shape[:3]:
         raise ValueError(f"v_cache: got shape {tuple(x.v_cache.shape)}, k_cache has {tuple(x.k_cache.shape)}")
     for name, n in (("q", dim), ("v_cache", x.v_cache.shape[3])):
-        if not 0 < n <= 256:
-            raise ValueError(f"{name}: got head_dim {n}, allowed are 1 to 256")
+        if not 0 < n <= MAX_HEAD_DIM:
+            raise ValueError(f"{name}: got head_dim {n}, allowed are 1 to {MAX_HEAD_DIM}")
     if heads != groups and (groups == 0 or heads % groups):
         raise ValueError(f"k_cache: got {groups} heads for {heads} query heads, they must divide the query's")
     for name, cache in (("k_cache", x.k_cache), ("v_cache", x.v_cache)):
@@ -258,14 +263,15 @@ def _check(x: CacheInputs) -> CacheInputs:
         if tensor is not None and tuple(tensor.shape) not in shapes:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, need {' or '.join(map(str, shapes))}")
     for name, number in (("softmax_scale", x.softmax_scale), ("softcap", x.softcap)):
-        if not (math.isfinite(number) and number >= 0):
+        if not 0 <= number < math.inf:
             raise ValueError(f"{name}: got {number}, must be finite and 0 or more")
     if not 0 <= x.num_splits <= MAX_SPLITS:
         raise ValueError(f"num_splits: got {x.num_splits}, allowed are 1 to {MAX_SPLITS}, and 0 for the best")
     _check_new(x)
     if x.cache_seqlens is None and not 0 <= x.start <= x.capacity - x.n_new:
         raise ValueError(f"cache_seqlens: got {x.start}, the cache has room for 0 to {x.capacity - x.n_new}")
-    if x.q.device.type == "cpu" and not torch.compiler.is_compiling():
+    indices = (x.cache_seqlens, x.cache_batch_idx, x.cache_leftpad, x.block_table)
+    if checks_values(x.q.device.type) and all(map(readable, indices)):
         _check_values(x)
     return x
 
@@ -340,6 +346,11 @@ def _check_values(x: CacheInputs) -> None:
 # --- public function ------------------------------------------------------------------------------------------------
 
 
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Any:
+    """Under autocast: as the caches are written in place, theirs is the dtype of the computation."""
+    return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -354,11 +365,11 @@ def flash_attn_with_kvcache(
     block_table: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    window_size: tuple[int | None, int | None] | None = (-1, -1),
+    softcap: float | None = 0.0,
     rotary_interleaved: bool = True,
     alibi_slopes: Tensor | None = None,
-    num_splits: int = 0,
+    num_splits: int | None = 0,
     return_softmax_lse: bool = False,
     *,
     s_aux: Tensor | None = None,
@@ -367,7 +378,7 @@ def flash_attn_with_kvcache(
     """Attention of q over a cache that first takes in k and v, with the signature of the flash-attn package, plus sinks.
 
     q (B, S, H, D). k_cache (B_cache, T, G, D), v_cache (B_cache, T, G, Dv), or with block_table (B, P, int32) pages
-    (pages, page_size, G, D or Dv) of any size; the last dimension dense. float16, bfloat16 or float32, D and Dv to 256.
+    (pages, page_size, G, D or Dv) of any size; the last dimension dense. float16, bfloat16 or float32, D and Dv to 1,024.
 
     k (B, N, G, D), v (B, N, G, Dv): written into the caches, in place, at positions cache_seqlens .. cache_seqlens + N.
     rotary_cos, rotary_sin (positions, rotary_dim / 2), in q's dtype or float32, turn k by the angle of its position and q:
@@ -389,7 +400,16 @@ def flash_attn_with_kvcache(
         raise ValueError("cache_seqlens: got None with k, need to know where k goes")
     if cache_seqlens is not None and not isinstance(cache_seqlens, (int, Tensor)):
         raise TypeError(f"cache_seqlens: got {type(cache_seqlens).__name__}, allowed are int and an int32 tensor")
+    check_tensors(
+        {"q": q, "k_cache": k_cache, "v_cache": v_cache}, k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
+        cache_seqlens=cache_seqlens if isinstance(cache_seqlens, Tensor) else None, cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad, block_table=block_table, alibi_slopes=alibi_slopes, s_aux=s_aux,
+    )  # fmt: skip
+    if casting_to(q.device.type) is not None:
+        q, k, v = (_cast(tensor, k_cache.dtype) for tensor in (q, k, v))
     left, right = _window(window_size, causal)
+    softcap = 0.0 if softcap is None else softcap
+    default = 1 / math.sqrt(max(q.shape[-1], 1))
     x = CacheInputs(
         q,
         k_cache,
@@ -405,12 +425,13 @@ def flash_attn_with_kvcache(
         _float(alibi_slopes),
         _float(s_aux),
         seqlen=cache_seqlens if isinstance(cache_seqlens, int) else None,
-        softmax_scale=1 / math.sqrt(max(q.shape[-1], 1)) if softmax_scale is None else softmax_scale,
+        softmax_scale=default if softmax_scale is None else softmax_scale,
         window_left=left,
         window_right=right,
         softcap=softcap,
-        rotary_interleaved=rotary_interleaved,
-        num_splits=num_splits,
+        rotary_interleaved=True if rotary_interleaved is None else rotary_interleaved,
+        num_splits=num_splits or 0,
+        changing=changing(softmax_scale, default, softcap),
     )
     out, lse = choose("flash_attn_with_kvcache", q.device.type, backend)(_check(x))
     return (out, lse) if return_softmax_lse else out

@@ -7,17 +7,30 @@ gradient; attention_backward is its backward. `implementation` names who compute
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._dispatch import NAMESPACE, Implementation, choose, only_on, refuse_forward_mode, register, why_not_triton
+from .._autograd import register_autograd
+from .._dispatch import (
+    NAMESPACE,
+    Implementation,
+    check_backend,
+    choose,
+    only_on,
+    refuse_forward_mode,
+    register,
+    why_not_triton,
+)
 from .fused import fused, why_not
 from .reference import Inputs, attention_reference
 
-_TENSORS = ("q", "k", "v", "bias", "mask", "alibi_slopes", "s_aux", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "seed")
+_TENSORS = (
+    "q", "k", "v", "bias", "mask", "alibi_slopes", "s_aux", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "seed", "changing",
+)  # fmt: skip
 _NAMES = tuple(field.name for field in fields(Inputs))  # here, because torch.compile cannot trace fields()
 assert _NAMES[: len(_TENSORS)] == _TENSORS
 
@@ -40,6 +53,7 @@ def _attention(
     cu_seqlens_k: Tensor | None,
     seqused_k: Tensor | None,
     seed: Tensor | None,
+    changing: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
     dropout_p: float,
@@ -51,23 +65,25 @@ def _attention(
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     x = Inputs(
-        q, k, v, bias, mask, alibi_slopes, s_aux, cu_seqlens_q, cu_seqlens_k, seqused_k, seed,
+        q, k, v, bias, mask, alibi_slopes, s_aux, cu_seqlens_q, cu_seqlens_k, seqused_k, seed, changing,
         max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, window_left, window_right, top_left, softcap,
     )  # fmt: skip
-    out, lse = _function(implementation, "forward")(x)
+    out, lse = _function(implementation, "forward")(_with_numbers(x))
     return out, lse
+
+
+def _with_numbers(x: Inputs) -> Inputs:
+    """The same problem with softmax_scale and softcap as numbers."""
+    if x.changing is None:
+        return x
+    softmax_scale, softcap = x.changing.tolist()
+    return replace(x, softmax_scale=softmax_scale, softcap=softcap, changing=None)
 
 
 @_attention.register_fake
 def _(q, k, v, bias, mask, alibi_slopes, s_aux, cu_seqlens_q, *_):  # type: ignore[no-untyped-def]
-    out, lse = _empty(Inputs(q, k, v, cu_seqlens_q=cu_seqlens_q))
+    out, lse = Inputs(q, k, v, cu_seqlens_q=cu_seqlens_q).empty()
     return out, lse
-
-
-def _empty(x: Inputs) -> tuple[Tensor, Tensor]:
-    """Room for (out, lse)."""
-    out = x.q.new_empty(*x.q.shape[:-1], x.v.shape[-1])
-    return out, x.q.new_empty(x.lse_shape(), dtype=torch.float64 if x.q.dtype == torch.float64 else torch.float32)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention_backward", mutates_args=())
@@ -88,6 +104,7 @@ def _attention_backward(
     cu_seqlens_k: Tensor | None,
     seqused_k: Tensor | None,
     seed: Tensor | None,
+    changing: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
     dropout_p: float,
@@ -99,9 +116,10 @@ def _attention_backward(
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x = Inputs(
-        q, k, v, bias, mask, alibi_slopes, s_aux, cu_seqlens_q, cu_seqlens_k, seqused_k, seed,
+        q, k, v, bias, mask, alibi_slopes, s_aux, cu_seqlens_q, cu_seqlens_k, seqused_k, seed, changing,
         max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, window_left, window_right, top_left, softcap,
     )  # fmt: skip
+    x = _with_numbers(x)
     dq, dk, dv, dbias, delta = _function(implementation, "backward")(x, out, lse, grad_out, grad_lse, needs_bias)
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias, _sink_grad(x, lse, delta)
 
@@ -142,7 +160,7 @@ def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
     left = iter(saved)
     tensors = [next(left) if present else None for present in ctx.present]
     needs = ctx.needs_input_grad
-    grads = _attention_backward(
+    grads = _differentiable_backward(
         out, lse, torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, needs[3], *tensors, *ctx.options
     )
     dq, dk, dv, dbias, dsink = grads
@@ -158,55 +176,107 @@ def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
     )
 
 
-_attention.register_autograd(_backward, setup_context=_setup_context)
+_differentiable = register_autograd(_attention, _backward, _setup_context)
 
 
 def _no_second_derivative(ctx, *_):  # type: ignore[no-untyped-def]
     raise NotImplementedError("attention has no second derivative (use backend='reference' for create_graph=True)")
 
 
-_attention_backward.register_autograd(_no_second_derivative)
+_differentiable_backward = register_autograd(_attention_backward, _no_second_derivative)
+
+
+# --- torch.func.vmap ------------------------------------------------------------------------------------------------
+
+
+def _one_by_one(op: Callable[..., tuple[Tensor, ...]], info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> Any:
+    """The rule for what cannot join the batch: a call for each."""
+    calls = [
+        op(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims))) for i in range(info.batch_size)
+    ]
+    results = tuple(map(torch.stack, zip(*calls)))
+    return results, (0,) * len(results)
+
+
+class _Joined:
+    """A mapped dense problem as one of a batch that is n times as large, where `possible`."""
+
+    def __init__(self, info: Any, in_dims: Sequence[int | None], tensors: Sequence[Tensor | None]) -> None:
+        self.n, self.tensors, self.in_dims = info.batch_size, tensors, in_dims
+        # Packed sequences have no batch, sinks a gradient for each problem, and dropout counts the sequences.
+        self.possible = all(tensor is None for tensor in tensors[_TENSORS.index("cu_seqlens_q") :])
+        if tensors[_TENSORS.index("s_aux")] is not None:
+            self.possible = False
+        self.batch = self.first(tensors[0], in_dims[0]).shape[1]
+
+    def first(self, tensor: Any, dim: int | None) -> Tensor:
+        """(n, ...)"""
+        return tensor.expand(self.n, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+    def join(self, tensor: Tensor, dim: int | None) -> Tensor:
+        """(n * batch, ...) of what has a batch."""
+        return self.first(tensor, dim).flatten(0, 1)
+
+    def inputs(self) -> list[Tensor | None]:
+        joined: list[Tensor | None] = []
+        for name, tensor, dim in zip(_TENSORS, self.tensors, self.in_dims):
+            if tensor is None:
+                joined.append(None)
+            elif name in ("bias", "mask", "alibi_slopes"):  # these broadcast over the batch
+                wide, rank = self.first(tensor, dim), 2 if name == "alibi_slopes" else 4
+                wide = wide[(slice(None), *(None,) * (rank + 1 - wide.dim()))]
+                joined.append(wide.expand(self.n, self.batch, *wide.shape[2:]).flatten(0, 1))
+            else:
+                joined.append(self.join(tensor, dim))
+        return joined
+
+    def split(self, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(0, (self.n, self.batch))
 
 
 def _vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
-    """torch.func.vmap over dense batches: the mapped dimension joins the batch."""
-    tensors, options = list(args[: len(_TENSORS)]), args[len(_TENSORS) :]
-    if any(tensor is not None for tensor in tensors[7:]):
-        raise NotImplementedError("attention under vmap takes neither cu_seqlens, seqused_k nor dropout")
-    n, batch = info.batch_size, None
-    mapped = {
-        name: (tensor, dim) for name, tensor, dim in zip(_TENSORS, tensors, in_dims[: len(_TENSORS)]) if tensor is not None
-    }
-    if mapped.get("s_aux", (None, None))[1] is not None:
-        raise NotImplementedError("attention under vmap takes one s_aux for all")
-    q, dim = mapped["q"]
-    batch = q.shape[0] if dim is None else q.movedim(dim, 0).shape[1]
-
-    def join(name: str) -> Tensor | None:
-        if name not in mapped:
-            return None
-        tensor, dim = mapped[name]
-        tensor = tensor.unsqueeze(0).expand(n, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        if name == "alibi_slopes" and tensor.dim() == 2:
-            tensor = tensor[:, None].expand(n, batch, -1)
-        elif name in ("bias", "mask"):
-            tensor = tensor[(slice(None),) + (None,) * (5 - tensor.dim())]  # (n, batch or 1, ...)
-            tensor = tensor.expand(n, batch, *tensor.shape[2:])
-        return tensor.flatten(0, 1)
-
-    inputs = [join(name) if name != "s_aux" else tensors[6] for name in _TENSORS]
-    out, lse = _attention(*inputs, *options)
-    return (out.unflatten(0, (n, batch)), lse.unflatten(0, (n, batch))), (0, 0)
+    joined = _Joined(info, in_dims[: len(_TENSORS)], args[: len(_TENSORS)])
+    if not joined.possible:
+        return _one_by_one(_attention, info, in_dims, args)
+    out, lse = _attention(*joined.inputs(), *args[len(_TENSORS) :])
+    return (joined.split(out), joined.split(lse)), (0, 0)
 
 
 _attention.register_vmap(_vmap)
+
+
+def _vmap_backward(info, in_dims, out, lse, grad_out, grad_lse, needs_bias, *args):  # type: ignore[no-untyped-def]
+    first, in_dims = in_dims[:4], in_dims[5:]
+    joined = _Joined(info, in_dims[: len(_TENSORS)], args[: len(_TENSORS)])
+    if not joined.possible:
+        every = (out, lse, grad_out, grad_lse, needs_bias, *args)
+        return _one_by_one(_attention_backward, info, (*first, None, *in_dims), every)
+    rows = [None if t is None else joined.join(t, dim) for t, dim in zip((out, lse, grad_out, grad_lse), first)]
+    grads = _attention_backward(*rows, needs_bias, *joined.inputs(), *args[len(_TENSORS) :])
+    *qkv, dbias, dsink = grads
+    if needs_bias:
+        shape = joined.first(args[3], in_dims[3]).shape  # of the bias of each problem
+        dbias = joined.split(dbias)
+        if len(shape) < 5 or shape[1] == 1:
+            dbias = dbias.sum(1)
+        dbias = dbias.reshape(shape)
+    else:
+        dbias = dbias.expand(joined.n, *dbias.shape)
+    results = (*map(joined.split, qkv), dbias, dsink.expand(joined.n, *dsink.shape))
+    return results, (0,) * len(results)
+
+
+_attention_backward.register_vmap(_vmap_backward)
+
+
+# --- implementations ------------------------------------------------------------------------------------------------
 
 
 def _run(x: Inputs, implementation: str) -> tuple[Tensor, Tensor]:
     if x.q.dtype == torch.float64 and implementation == "triton":
         return attention_reference(x)
     refuse_forward_mode("attention", x.q, x.k, x.v, x.bias, x.s_aux)
-    out, lse = _attention(*[getattr(x, name) for name in _NAMES], implementation)
+    out, lse = _differentiable(*[getattr(x, name) for name in _NAMES], implementation)
     return out, lse
 
 
@@ -217,7 +287,7 @@ def _triton(x: Inputs, need_lse: bool) -> tuple[Tensor, Tensor | None]:
 def _cpu(x: Inputs, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     s, t = x.lengths
     # PyTorch's builds the S x T matrix for dropout, and needs one to hold slopes.
-    small = x.dropout_p == 0 and (x.alibi_slopes is None or max(s, t) <= 2048)
+    small = x.dropout_p == 0 and x.changing is None and (x.alibi_slopes is None or max(s, t) <= 2048)
     return (fused(x), None) if small and why_not(x, need_lse) is None else _run(x, "cpu")
 
 
@@ -244,6 +314,9 @@ register(
 def attention(x: Inputs, backend: str | None = None, need_lse: bool = True) -> tuple[Tensor, Tensor | None]:
     """(out, lse) of a checked problem by the implementation that `backend`, the device and the machine choose. lse may be None
     where it is not needed."""
+    if x.q.device.type == "meta":  # shapes alone, which are the same for all
+        check_backend(backend or "auto")
+        return _run(x, "cpu")
     out, lse = choose("flash_attention", x.q.device.type, backend)(x, need_lse)
     return out, lse
 

@@ -4,8 +4,8 @@
 
 While active, on CUDA, every `F.scaled_dot_product_attention` (nn.MultiheadAttention, nn.TransformerEncoderLayer and so on) and
 every `torch.nn.attention.varlen.varlen_attn` of the process comes here. What ours cannot do goes to the kernel that PyTorch
-would have run: dtypes other than float16, bfloat16 and float32, head_dim above 256, nested and distributed tensors, batch sizes
-that broadcast, calls inside torch.func's transforms; so does everything while flash attention is switched off
+would have run: dtypes other than float16, bfloat16 and float32, head_dim above 1,024, nested and distributed tensors, batch
+sizes that broadcast, calls inside torch.func's transforms; so does everything while flash attention is switched off
 (`sdpa_kernel(SDPBackend.MATH)`).
 
 Overridden are two layers of aten. PyTorch's selector sends neither masks nor float32 to its flash operators, so we stand
@@ -19,7 +19,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .._dispatch import NAMESPACE, explain, forced_backend
-from .functional import check, flash_attn_varlen_func
+from .functional import as_pytorchs, check, covered, flash_attn_varlen_func, seeded
 from .kvcache import flash_attn_with_kvcache
-from .op import attention, seed_for
-from .reference import Inputs
+from .op import attention
+from .reference import Inputs, laid_out_like
 
 _Result = Any  # what the operator returns, or None: then PyTorch's own kernel is called
 
@@ -47,16 +47,6 @@ def _checked(x: Inputs) -> Inputs | None:
         return check(x)
     except (TypeError, ValueError):
         return None  # PyTorch computes it, or raises in its own words
-
-
-def _laid_out_like(query: Tensor, out: Tensor) -> Tensor:
-    """`out` with its dimensions in memory in the order of query's, which is what PyTorch's flash attention gives and
-    `.view` in a model may count on."""
-    if out.stride() == query.stride():
-        return out
-    last = query.dim() - 1
-    order = [*sorted(range(last), key=lambda i: query.stride(i) or math.inf, reverse=True), last]
-    return out.permute(order).contiguous().permute(sorted(range(last + 1), key=order.__getitem__))
 
 
 # --- scaled_dot_product_attention -----------------------------------------------------------------------------------
@@ -79,36 +69,8 @@ def _sdpa(
         return None  # a custom operator with a gradient refuses them; what PyTorch takes it apart into does not
     if not _plain(query, key, value, attn_mask):
         return None
-    rank, lead = query.dim(), query.shape[:-3]
-    if rank < 3 or not lead == key.shape[:-3] == value.shape[:-3] or not rank == key.dim() == value.dim():
-        return None
-    if query.shape[-3] != key.shape[-3] and not enable_gqa:
-        return None
-    if attn_mask is not None:
-        if is_causal or attn_mask.dtype not in (torch.bool, query.dtype, torch.float32) or attn_mask.dim() > rank:
-            return None
-        if rank > 4 and attn_mask.dim() > 3:
-            attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).flatten(0, -4)
-    batch = math.prod(lead)
-    additive = attn_mask is not None and attn_mask.dtype != torch.bool
-    q, k, v = (tensor if rank == 4 else tensor.reshape(batch, *tensor.shape[-3:]) for tensor in (query, key, value))
-    x = _checked(
-        Inputs(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            bias=attn_mask if additive else None,
-            mask=None if additive else attn_mask,
-            dropout_p=dropout_p,
-            softmax_scale=1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale,
-            window_right=0 if is_causal else -1,
-            top_left=True,
-        )
-    )
-    if x is None:
-        return None
-    out = attention(replace(x, seed=seed_for(dropout_p, query.device)))[0].transpose(1, 2)
-    return _laid_out_like(query, out if rank == 4 else out.reshape(*lead, *out.shape[1:]))
+    x = covered(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return None if x is None else as_pytorchs(attention(seeded(x))[0], query)
 
 
 # --- the flash operators --------------------------------------------------------------------------------------------
@@ -169,7 +131,7 @@ def _flash_forward(query: Tensor, *args: Any, **options: Any) -> _Result:
         return None
     out, lse = getattr(torch.ops, NAMESPACE).attention(*arguments)
     no_seed, no_offset = query.new_empty(2, dtype=torch.uint64), query.new_empty((), dtype=torch.uint64)
-    return _laid_out_like(query, out), lse, no_seed, no_offset, query.new_empty(0)
+    return laid_out_like(query, out), lse, no_seed, no_offset, query.new_empty(0)
 
 
 def _flash_forward_inplace(out: Tensor, *args: Any, **options: Any) -> _Result:
@@ -202,7 +164,7 @@ def _flash_backward(
         return None
     backward = getattr(torch.ops, NAMESPACE).attention_backward
     grads = backward(out, logsumexp, grad_out, None, False, *arguments)[:3]
-    return tuple(_laid_out_like(tensor, grad) for tensor, grad in zip((query, key, value), grads))
+    return tuple(laid_out_like(tensor, grad) for tensor, grad in zip((query, key, value), grads))
 
 
 def _sdpa_flash_forward(
@@ -354,7 +316,7 @@ def varlen_attn(
 ) -> Any:
     """Attention over packed sequences with the signature of `torch.nn.attention.varlen.varlen_attn` (2.13; 2.11's is a part).
 
-    query (sum of S, H, D), key and value (sum of T, G, D) in float16, bfloat16 or float32, D to 256; G other than H needs
+    query (sum of S, H, D), key and value (sum of T, G, D) in float16, bfloat16 or float32, D to 1,024; G other than H needs
     enable_gqa=True. cu_seq_q and cu_seq_k (B + 1, int32): where each sequence begins. max_q and max_k: the longest.
     scale defaults to 1 / sqrt(D). window_size (left, right) counts from the diagonal that ends at the last key of each
     sequence; (-1, 0) is causal. seqused_k (B, int32): how many keys of each sequence are in use (with a gradient, here).

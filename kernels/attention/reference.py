@@ -25,6 +25,8 @@ from torch import Tensor
 
 from .._philox import MASK, philox
 
+MAX_HEAD_DIM = 1024  # of the Triton kernel that decodes: it holds a row of the output in registers
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -33,7 +35,8 @@ class Inputs:
     q (B, S, H, D), k (B, T, G, D), v (B, T, G, Dv); packed (sum of S, H, D) and so on where cu_seqlens_q and cu_seqlens_k
     (B + 1, int32) are given; tokens behind the last sequence give 0 and lse -inf, and get no gradient. bias and mask (bool)
     broadcast to (B, H, S, T). alibi_slopes (H) or (B, H) and s_aux (H) are float32. seqused_k (B, int32): keys in use of each
-    sequence. seed (2, int64): key and counter of Philox, for dropout.
+    sequence. seed (2, int64): key and counter of Philox, for dropout. changing (2, float64, on the CPU): softmax_scale and
+    softcap where torch.compile does not know them; the two fields then count for the plain PyTorch of this file alone.
     """
 
     q: Tensor
@@ -47,6 +50,7 @@ class Inputs:
     cu_seqlens_k: Tensor | None = None
     seqused_k: Tensor | None = None
     seed: Tensor | None = None
+    changing: Tensor | None = None
     max_seqlen_q: int = 0  # of the packed sequences; without cu_seqlens the lengths are those of the tensors
     max_seqlen_k: int = 0
     dropout_p: float = 0.0
@@ -72,6 +76,33 @@ class Inputs:
         if self.cu_seqlens_q is None:
             return self.q.shape[0], self.q.shape[2], self.q.shape[1]
         return self.q.shape[1], self.q.shape[0]
+
+    def empty(self) -> tuple[Tensor, Tensor]:
+        """Room for (out, lse). The dimensions of out lie in memory in the order of q's, the last one dense; packed ones are
+        contiguous."""
+        q, shape = self.q, (*self.q.shape[:-1], self.v.shape[-1])
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        lse = q.new_empty(self.lse_shape(), dtype=wide)
+        if self.cu_seqlens_q is not None or q.is_contiguous():
+            return q.new_empty(shape), lse
+        order = memory_order(q)
+        out = q.new_empty([shape[i] for i in order]).permute([order.index(i) for i in range(len(order))])
+        return out, lse
+
+
+def memory_order(tensor: Tensor) -> list[int]:
+    """The dimensions of a tensor from the outermost in memory on, those that are broadcast first; the last stays the last."""
+    last = tensor.dim() - 1
+    return [*sorted(range(last), key=lambda i: tensor.stride(i) or math.inf, reverse=True), last]
+
+
+def laid_out_like(query: Tensor, out: Tensor) -> Tensor:
+    """`out` with its dimensions in memory in the order of query's, which is what PyTorch's attention gives and `.view` in a
+    model may count on."""
+    if out.stride() == query.stride():
+        return out
+    order = memory_order(query)
+    return out.permute(order).contiguous().permute([order.index(i) for i in range(len(order))])
 
 
 def keep_mask(
@@ -156,7 +187,8 @@ def _one(x: Inputs, b: int) -> Inputs:
     if x.cu_seqlens_q is not None:
         assert x.cu_seqlens_k is not None
         (q0, q1), (k0, k1) = x.cu_seqlens_q[b : b + 2].tolist(), x.cu_seqlens_k[b : b + 2].tolist()
-    used = k1 - k0 if x.seqused_k is None else int(x.seqused_k[b])
+    # What is not checked on a GPU must not reach into another sequence.
+    used = k1 - k0 if x.seqused_k is None else min(max(int(x.seqused_k[b]), 0), k1 - k0)
 
     def of(tensor: Tensor, start: int, end: int) -> Tensor:
         return (tensor[b] if x.cu_seqlens_q is None else tensor)[start:end][None]
@@ -188,14 +220,17 @@ def attention_reference(x: Inputs) -> tuple[Tensor, Tensor]:
         return _dense(x)
     results = [_dense(_one(x, b), b) for b in range(x.batch)]
     if x.cu_seqlens_q is None:
-        if not results:
-            return x.q.new_zeros(*x.q.shape[:-1], x.v.shape[-1]), x.q.new_zeros(x.lse_shape(), dtype=torch.float32)
+        if not results:  # seqused_k of a batch of 0: nothing depends on it
+            return _dense(replace(x, seqused_k=None))
         return torch.cat([out for out, _ in results]), torch.cat([lse for _, lse in results])
-    tail = x.q[int(x.cu_seqlens_q[-1]) :]  # tokens of no sequence see no key
-    wide = torch.float64 if x.q.dtype == torch.float64 else torch.float32
-    outs = [out[0] for out, _ in results] + [x.v.new_zeros(*tail.shape[:-1], x.v.shape[-1])]
-    lses = [lse[0] for _, lse in results] + [x.q.new_full((tail.shape[1], tail.shape[0]), -math.inf, dtype=wide)]
-    return torch.cat(outs), torch.cat(lses, dim=1)
+    # Tokens of no sequence see no key.
+    nothing: dict[str, Tensor | None] = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "alibi_slopes", "s_aux"))
+    tail = x.q[int(x.cu_seqlens_q[-1]) :][None]
+    results.append(_dense(replace(x, q=tail, k=x.k[:0][None], v=x.v[:0][None], **nothing)))  # type: ignore[arg-type]
+    out = torch.cat([out[0] for out, _ in results])
+    if x.s_aux is not None and len(results) == 1:
+        out = out + x.s_aux[:0].sum()  # without any sequence, too, sinks have a gradient
+    return out, torch.cat([lse[0] for _, lse in results], dim=1)
 
 
 def attention_weights(
