@@ -3,7 +3,7 @@
 A model that trains needs its logits for the loss alone, and `linear_cross_entropy` gives the loss without them. `LazyLogits`
 stand for the product in the meantime. They are no Tensor, but answer like one:
 
-    cross_entropy               of them, or of rows of them, is linear_cross_entropy; a final softcap may lie between
+    cross_entropy               of them, or of rows of them, is linear_cross_entropy; a factor and a softcap may lie between
     rows and casts              x[:, :-1], x[mask], x.view(-1, V), split, float, detach: LazyLogits of those rows
     argmax over the vocabulary  in pieces, without the whole
     anything else               makes the logits, once, and goes on with an ordinary Tensor
@@ -258,14 +258,16 @@ def _takes_rows(index: Any, dim: int) -> bool:
     return taken < dim or (last_whole and taken == dim)
 
 
-def _softcap(steps: tuple[tuple[str, Any], ...]) -> float | None:
-    """The softcap that the steps amount to, 0.0 for none; None where they are something else."""
+def _scale_and_softcap(steps: tuple[tuple[str, Any], ...]) -> tuple[float, float] | None:
+    """What the steps amount to (1.0 and 0.0 for nothing); None where that is something else."""
     match [step for step in steps if step[0] != "to"]:
-        case []:
-            return 0.0
-        case [("div", cap), ("tanh", _), ("mul", again)] if cap == again and cap > 0:
-            return float(cap)
-    return None
+        case [*scales, ("div", cap), ("tanh", _), ("mul", again)] if cap == again and cap > 0:
+            softcap = float(cap)
+        case scales:
+            softcap = 0.0
+    if any(name == "tanh" or number == 0 for name, number in scales):
+        return None
+    return math.prod(number if name == "mul" else 1 / number for name, number in scales), softcap
 
 
 def _cross_entropy(
@@ -279,9 +281,9 @@ def _cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """torch.nn.functional.cross_entropy, without the logits where the op covers it."""
-    cap = _softcap(input._steps) if isinstance(input, LazyLogits) and input._made is None else None
+    known = _scale_and_softcap(input._steps) if isinstance(input, LazyLogits) and input._made is None else None
     fused = (
-        cap is not None
+        known is not None
         and weight is None
         and size_average is None
         and reduce is None
@@ -292,20 +294,24 @@ def _cross_entropy(
         and target.device == input.device
         and (input._hidden.dtype == input._weight.dtype or torch.is_autocast_enabled(input.device.type))
     )
-    if not fused:
+    if not fused or known is None:
         input, target, weight = tree_map_only(LazyLogits, lambda logits: logits.tensor(), (input, target, weight))
         return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    scale, softcap = known
+    hidden, bias = input._hidden, input._bias
+    if scale != 1.0:
+        hidden, bias = hidden * scale, None if bias is None else bias * scale
     # On a CPU 1 MiB of logits stays in the processor's cache, and the plain way has fewer calls around it.
     plain = input.device.type == "cpu" and forced_backend() is None and input.numel() < 2**18
     loss: Tensor = linear_cross_entropy(
-        input._hidden,
+        hidden,
         input._weight,
         target,
-        linear_bias=input._bias,
+        linear_bias=bias,
         reduction=reduction,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
-        softcap=cap or 0.0,
+        softcap=softcap,
         backend="reference" if plain else None,
     )
     return loss.to(input.dtype)

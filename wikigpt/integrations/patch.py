@@ -81,6 +81,11 @@ def _nothing_to_gain(x: Tensor) -> bool:
     return x.is_cpu and forced_backend() is None
 
 
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    """Of other dtypes, which one comes out differs from model to model; of other sizes, some norms broadcast."""
+    return x.dtype == weight.dtype and x.shape[-1:] == weight.shape
+
+
 class _RMSNorm(_Swapped):
     _kind = "norm"
     weight: Tensor
@@ -88,7 +93,7 @@ class _RMSNorm(_Swapped):
     _unit_offset: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        if _nothing_to_gain(x) or x.dtype != self.weight.dtype:  # which dtype comes out differs from model to model
+        if _nothing_to_gain(x) or not _fits(x, self.weight):
             return super().forward(x)
         return rms_norm(x, self.weight, getattr(self, self._eps), unit_offset=self._unit_offset)
 
@@ -99,7 +104,7 @@ class _LayerNorm(_Swapped):
     _eps: str
 
     def forward(self, x: Tensor) -> Tensor:
-        if _nothing_to_gain(x) or x.dtype != self.weight.dtype:
+        if _nothing_to_gain(x) or not _fits(x, self.weight):
             return super().forward(x)
         return layer_norm(x, self.weight, self._parameters.get("bias"), getattr(self, self._eps))
 
@@ -192,7 +197,7 @@ def _deferring(original: Any, head: str, may_be_made: bool = True) -> Any:
         """transformers' own without its warning of an unknown loss_type, as GPT-2's is, which breaks a compiled graph."""
         from transformers.loss.loss_utils import LOSS_MAPPING
 
-        return LOSS_MAPPING.get(getattr(self, "loss_type", None), LOSS_MAPPING["ForCausalLM"])
+        return LOSS_MAPPING.get(str(getattr(self, "loss_type", None)), LOSS_MAPPING["ForCausalLM"])
 
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
     return type(original.__name__, (original,), {head: property(get), "loss_function": property(loss_function), **names})
@@ -365,13 +370,17 @@ def _mlp(module: nn.Module, swap: Any, inputs: list[Tensor]) -> Swap | None:
     if not all(isinstance(module._modules.get(name), nn.Module) for name in (*into, down)):
         return None
     small = {**{name: nn.Linear(8, 32 // len(into)) for name in into}, down: nn.Linear(16, 8)}
+    narrow = copy.deepcopy(nn.ModuleDict(small)).bfloat16()
 
-    def mlp(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        gate, up = torch.cat([small[name](x) for name in into], -1).chunk(2, -1)
-        return small[down](function(gate) * up)
+    def agrees(function: Callable[[Tensor], Tensor], projections: Any, inputs: list[Tensor]) -> bool:
+        def mlp(x: Tensor) -> Tensor:
+            gate, up = torch.cat([projections[name](x) for name in into], -1).chunk(2, -1)
+            return projections[down](function(gate) * up)
+
+        return _agrees(module, mlp, inputs, {"_modules": dict(projections.items())})
 
     for approximate, function in _ACTIVATIONS.items():
-        if _agrees(module, functools.partial(mlp, function=function), inputs, {"_modules": small}):
+        if agrees(function, small, inputs) and agrees(function, narrow, [inputs[1].bfloat16()]):
             return swap, {"_approximate": approximate}
     return None
 
@@ -432,6 +441,9 @@ class _GivesHidden(nn.Module):
     def __init__(self, hidden: Tensor):
         super().__init__()
         self.hidden = hidden
+
+    def __getattr__(self, name: str) -> Any:
+        return self.__dict__.get(name, self)  # its parts too: self.model.decoder(...)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return _hidden_output()(last_hidden_state=self.hidden)
@@ -532,8 +544,8 @@ def patch(
             if found is not None:
                 original: Any = type(module)
                 module.__class__ = _class_of(original, found[0], tuple(found[1].items()))
-            if isinstance(module, _GatedMLP):
-                inner.add(id(module.act_fn))
+            if isinstance(module, (_GatedMLP, _PackedMLP)):
+                inner.update(id(child) for child in module.children())  # its activation is not called any more
             if isinstance(module, _Swapped) and module._kind in swapped:
                 swapped[module._kind].append(name)
     if not any(swapped.values()):
