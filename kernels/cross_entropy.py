@@ -333,9 +333,9 @@ register_vmap(_grad_op)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    logits, target, weight, *ctx.options, _, ctx.inplace = inputs
+    logits, target, weight, *ctx.options, aux, ctx.inplace = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[3])
+    ctx.mark_non_differentiable(*(output[3:] if aux else output[1:]))
     ctx.save_for_backward(output[1], logits, target, weight)
 
 
@@ -394,7 +394,7 @@ def _triton(
     inplace = inplace_backward and not torch.compiler.is_compiling()
     apart = divided_twice(weight, reduction, z_loss)
     loss, lse, target_logits, correct = _forward(
-        logits, target, weight, ignore_index, label_smoothing, softcap, 0.0 if apart else z_loss, return_aux, inplace
+        logits, target, weight, ignore_index, label_smoothing, softcap, 0.0 if apart else z_loss, return_aux or apart, inplace
     )
     loss = reduced(loss, target, weight, reduction, ignore_index)
     if apart:

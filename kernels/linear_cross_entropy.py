@@ -388,7 +388,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     input, linear_weight, linear_bias, target, ctx.reduction, *ctx.options, _, _, _, _ = inputs
     ctx.made = tuple(need and ctx.reduction != "none" for need in inputs[-4:-1])
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:4], output[6])
+    ctx.mark_non_differentiable(*output[1:4], *(output[6:] if inputs[-1] else output[4:]))
     ctx.save_for_backward(*output[1:4], input, linear_weight, linear_bias, target)
 
 
@@ -606,7 +606,7 @@ register_vmap(_gradients_op)
 def _setup_triton(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     input, linear_weight, linear_bias, weight, target, *ctx.options, _, _, ctx.filtering = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[3:])
+    ctx.mark_non_differentiable(*(output[3:] if inputs[9] else output[1:]))
     ctx.save_for_backward(output[1], output[4], input, linear_weight, linear_bias, weight, target)
 
 
@@ -676,7 +676,7 @@ def _triton(
         label_smoothing,
         softcap,
         0.0 if apart else z_loss,
-        return_aux,
+        return_aux or apart,
         keep,
         filter_gradients,
     )
@@ -719,7 +719,7 @@ def _by_pytorch(
 ) -> Any:
     """What PyTorch's linear_cross_entropy takes besides: weights (V, d1, ..., D), which make logits (N, V, d1, ...), and class
     probabilities. It makes the logits."""
-    if input.dim() > 2 or input.dim() < linear_weight.dim() - 1:
+    if input.dim() != 2 and (input.dim() != 1 or linear_weight.dim() > 2):
         wanted = "(N, D)" if linear_weight.dim() > 2 else "(D) or (N, D)"
         raise ValueError(
             f"input: got shape {tuple(input.shape)}, need {wanted} with linear_weight {tuple(linear_weight.shape)} and "
