@@ -13,7 +13,7 @@ from wikigpt.kernels.attention.config import Row, Rows
 from wikigpt.kernels.attention.op import attention
 from wikigpt.kernels.attention.reference import Inputs
 
-from tests.attention_cases import Case, build, outputs
+from tests.attention_cases import Case, build, check_problem, outputs
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 BACKENDS = [pytest.param("triton", marks=interpreted), "cpu", "reference"]
@@ -275,3 +275,55 @@ def test_the_padding_of_a_batch_does_not_reach_a_loss_with_the_lse(dirty_memory)
     out, lse = attention(replace(long, q=leaves[0], k=leaves[1], v=leaves[2]), "cpu")
     (out.sum() + lse[:, :8].square().sum()).backward()
     assert all(leaf.grad.isfinite().all() for leaf in leaves)
+
+
+# --- biases far from 0 ----------------------------------------------------------------------------------------------
+
+FAR = (-1e4, -1e9, -1e30, -3e38, 1e9, "min", "max")
+SPREAD = {
+    "a whole row": lambda value, other: (value, value),
+    "half of a row": lambda value, other: (value, 0.0),
+    "beside -inf": lambda value, other: (value, -math.inf),
+    "beside another": lambda value, other: (value, other),
+}
+
+
+def rows_far_from_zero(dtype, value, spread, sinks=False):
+    """Three rows have a bias of `value` in the first half of their keys, and in the second what SPREAD says."""
+    x = build(Case(("bias", "sinks") if sinks else ("bias",), dtype, batch=1, s=8, t=20))
+    low, high = torch.finfo(dtype).min, torch.finfo(dtype).max
+    value = {"min": low, "max": high}.get(value, value)
+    value = min(max(value, low), high)
+    first, second = SPREAD[spread](value, value * 0.9)
+    x.bias[..., 3:6, :9], x.bias[..., 3:6, 9:] = first, second
+    return x
+
+
+@pytest.mark.parametrize(
+    ("spread", "dtype"),
+    [*((spread, torch.float32) for spread in SPREAD), ("a whole row", torch.bfloat16), ("a whole row", torch.float16)],
+    ids=str,
+)
+@pytest.mark.parametrize("value", FAR, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_a_bias_may_put_rows_any_distance_from_zero(backend, value, spread, dtype):
+    """Attention masks hold finfo.min, whole rows of it for queries that are padding. Of a row at -1e30 lse cannot hold the
+    logarithm of its sum; the backward needs it all the same."""
+    check_problem(rows_far_from_zero(dtype, value, spread), backend)
+
+
+@pytest.mark.parametrize("sink", [-math.inf, 0.0, -1e9], ids=str)
+@pytest.mark.parametrize("value", [-1e9, "min", "max"], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_a_sink_takes_part_in_rows_far_from_zero(backend, value, sink):
+    x = rows_far_from_zero(torch.float32, value, "a whole row", sinks=True)
+    check_problem(replace(x, s_aux=torch.full_like(x.s_aux, sink)), backend)
+
+
+@interpreted
+def test_a_row_of_the_lowest_number_takes_the_mean_of_its_values():
+    q, v = torch.randn(1, 3, 1, 16), torch.randn(1, 5, 1, 16, requires_grad=True)
+    bias = torch.full((3, 5), torch.finfo(torch.float32).min)
+    out, lse, _ = flash_attn_func(q, v, v, attn_bias=bias, return_attn_probs=True, backend="triton")
+    torch.testing.assert_close(out, v.mean(1, keepdim=True).expand(out.shape))
+    assert (lse == torch.finfo(torch.float32).min).all()

@@ -9,6 +9,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ class Rows:
     dkdv: Row
 
 
+WIDE = 2**31  # the key of the rows for a head_dim above 256: see `widths`
+
 # (largest padded head_dim of q, k and v) -> rows, for 16-bit inputs. One architecture without a table of its own takes that of
 # the nearest older one. Rows are the largest tiles that spill nothing: compile_report.EXCEPTIONS says where there are none.
 _TABLE: dict[int, dict[int, Rows]] = {
@@ -45,21 +48,25 @@ _TABLE: dict[int, dict[int, Rows]] = {
         64: Rows(Row(128, 64, 8, 3), Row(64, 32, 4, 3), Row(16, 64, 4, 3)),
         128: Rows(Row(128, 32, 8, 3), Row(64, 64, 8, 2), Row(64, 64, 8, 2)),
         256: Rows(Row(64, 64, 8, 2), Row(64, 32, 8, 2), Row(32, 32, 8, 2)),
+        WIDE: Rows(Row(64, 64, 8, 2), Row(64, 32, 8, 2), Row(32, 32, 8, 2)),
     },
     86: {  # 99 KiB of shared memory a block
         64: Rows(Row(128, 64, 8, 3), Row(64, 32, 4, 2), Row(32, 64, 4, 2)),
         128: Rows(Row(128, 32, 8, 3), Row(64, 64, 8, 2), Row(64, 64, 8, 2)),
         256: Rows(Row(64, 32, 8, 2), Row(64, 16, 8, 2), Row(32, 32, 8, 2)),
+        WIDE: Rows(Row(64, 64, 8, 2), Row(64, 32, 8, 2), Row(32, 32, 8, 2)),
     },
     90: {  # block_m of the forward pass and of dQ, block_n of dK and dV are a warpgroup's 64 rows or a multiple, for wgmma
         64: Rows(Row(128, 128, 8, 3), Row(128, 64, 8, 3), Row(32, 128, 8, 3)),
         128: Rows(Row(128, 64, 8, 3), Row(128, 64, 8, 2), Row(32, 128, 8, 2)),
         256: Rows(Row(128, 32, 8, 3), Row(128, 32, 8, 2), Row(16, 64, 8, 3)),
+        WIDE: Rows(Row(128, 64, 8, 2), Row(64, 64, 8, 2), Row(32, 64, 8, 2)),
     },
     100: {  # the same for tcgen05. One stage keeps the sums of dK and dV in tensor memory; more move them to registers and back
         64: Rows(Row(128, 128, 8, 2, tma=True), Row(128, 64, 8, 3), Row(64, 64, 8, 1)),
         128: Rows(Row(128, 64, 8, 3, tma=True), Row(64, 64, 8, 2, tma=True), Row(64, 64, 8, 1)),
         256: Rows(Row(64, 64, 8, 2, tma=True), Row(64, 32, 8, 1), Row(16, 64, 8, 1)),
+        WIDE: Rows(Row(64, 64, 8, 2), Row(64, 64, 8, 2), Row(16, 64, 8, 2)),
     },
 }
 _TABLE[120] = _TABLE[86]
@@ -70,6 +77,7 @@ _FLOAT32 = {
     64: Rows(Row(32, 32, 4, 2), Row(32, 32, 8, 2), Row(32, 32, 4, 1)),
     128: Rows(Row(32, 32, 8, 2), Row(32, 16, 8, 2), Row(32, 32, 4, 1)),
     256: Rows(Row(32, 16, 8, 2), Row(16, 16, 8, 2), Row(16, 16, 4, 2)),
+    WIDE: Rows(Row(64, 32, 8, 2), Row(64, 32, 8, 2), Row(16, 32, 8, 2)),
 }
 _INTERPRETER = Rows(Row(32, 16, 1, 1), Row(16, 32, 1, 1), Row(32, 16, 1, 1))
 
@@ -77,6 +85,16 @@ _INTERPRETER = Rows(Row(32, 16, 1, 1), Row(16, 32, 1, 1), Row(32, 16, 1, 1))
 def padded(head_dim: int) -> int:
     """tl.dot wants powers of two, 16 at least."""
     return max(16, next_power_of_2(head_dim))
+
+
+def widths(d: int, dv: int, dtype: torch.dtype) -> dict[str, int]:
+    """BLOCK_D and BLOCK_DV columns of q, k and of v in a tile, and CHUNK. Rows up to 256 wide are held whole (CHUNK 0). Wider
+    ones are multiplied CHUNK columns at a time, and a program owns one part of a row's sums: shared memory and registers
+    hang on no head_dim, for the price of computing scores again for each part."""
+    if max(d, dv) <= 256:
+        return {"BLOCK_D": padded(d), "BLOCK_DV": padded(dv), "CHUNK": 0}
+    part, chunk = (128, 32) if dtype == torch.float32 else (256, 64)
+    return {"BLOCK_D": min(padded(d), part), "BLOCK_DV": min(padded(dv), part), "CHUNK": chunk}
 
 
 _forced: Rows | None = None
@@ -135,6 +153,11 @@ def section(k: Tensor, v: Tensor, group: int, n_k: int, n_heads: int, n_tiles: i
 def far(block: int, *tensors: Tensor) -> bool:
     """Whether a number in a tile of `block` positions may lie 2^31 or more behind the tile's first one."""
     return any((block - 1) * tensor.stride(-3) + tensor.shape[-1] >= 2**31 for tensor in tensors)
+
+
+def far_rows(fixed: dict[str, Any], block: int, *tensors: Tensor) -> bool:
+    """`far` of tensors whose rows are addressed tile by tile only where head_dim is above 256."""
+    return bool(fixed["CHUNK"]) and far(block, *tensors)
 
 
 def descriptor(tensor: Tensor, block: int) -> TensorDescriptor:

@@ -176,6 +176,7 @@ def _attend(
     row_max,
     row_sum,
     q,
+    q_rows,
     K,
     V,
     table,
@@ -197,13 +198,15 @@ def _attend(
     DV: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """(acc, row_max, row_sum) after the blocks of keys from first to last. Row r sees the keys row_low[r] .. row_high[r];
-    without MASKED, all of the block. row_max is in units of log 2, scores are natural where softcap or slopes change them."""
+    without MASKED, all of the block. row_max is in units of log 2, scores are natural where softcap or slopes change them.
+    A head_dim above BLOCK_D is multiplied BLOCK_D numbers at a time, and the queries come from their pointers q_rows."""
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
@@ -216,8 +219,16 @@ def _attend(
             k_rows, v_rows = page * stride_kb + slot * stride_ks, page * stride_vb + slot * stride_vs
         else:
             k_rows, v_rows = j.to(tl.int64) * stride_ks, j.to(tl.int64) * stride_vs
-        k = _load(K + k_rows[None, :] + d[:, None], (d < D)[:, None], exists[None, :], D != BLOCK_D, MASKED)
-        s = tl.dot(q, k, input_precision="ieee")  # (rows, keys)
+        if D > BLOCK_D:
+            s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for d0 in tl.static_range(0, D, BLOCK_D):
+                part = d0 + d
+                q_part = _load(q_rows[:, None] + part[None, :], (part < D)[None, :], True, D % BLOCK_D != 0, False)
+                k = _load(K + k_rows[None, :] + part[:, None], (part < D)[:, None], exists[None, :], D % BLOCK_D != 0, MASKED)
+                s = tl.dot(q_part, k, s, input_precision="ieee")
+        else:
+            k = _load(K + k_rows[None, :] + d[:, None], (d < D)[:, None], exists[None, :], D != BLOCK_D, MASKED)
+            s = tl.dot(q, k, input_precision="ieee")  # (rows, keys)
         if SOFTCAP:
             s = _tanh(s * (scale / softcap)) * softcap
         elif slope is not None:
@@ -336,8 +347,12 @@ def _decode(
         full_first = tl.minimum(first + tl.cdiv(tl.maximum(full_low - first, 0), BLOCK_N) * BLOCK_N, last)
     full_last = full_first + tl.maximum(tl.minimum(full_high, last) - full_first, 0) // BLOCK_N * BLOCK_N
 
-    q_ptrs = Q + b64 * stride_qb + i.to(tl.int64) * stride_qs + h.to(tl.int64) * stride_qh
-    q = tl.load(q_ptrs[:, None] + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
+    q_rows = Q + b64 * stride_qb + i.to(tl.int64) * stride_qs + h.to(tl.int64) * stride_qh
+    if D > BLOCK_D:
+        q = None
+        q_rows = tl.where(real, q_rows, Q)  # what the rows behind the last give is not stored, but must not be read
+    else:
+        q = tl.load(q_rows[:, None] + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
     slope = tl.load(Slopes + b64 * stride_slope + h, mask=real, other=0.0) if Slopes is not None else None
     K += g64 * stride_kh
     V += g64 * stride_vh
@@ -356,19 +371,19 @@ def _decode(
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     if LEFT:
         acc, row_max, row_sum = _attend(
-            acc, row_max, row_sum, q, K, V, table, stride_kb, stride_ks, stride_vb, stride_vs, first, full_first,
+            acc, row_max, row_sum, q, q_rows, K, V, table, stride_kb, stride_ks, stride_vb, stride_vs, first, full_first,
             n_keys, row_low, row_high, i + diagonal, slope, scale, softcap, factor,
-            D, DV, PAGE_SIZE, SOFTCAP, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+            D, DV, PAGE_SIZE, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True,
         )  # fmt: skip
     acc, row_max, row_sum = _attend(
-        acc, row_max, row_sum, q, K, V, table, stride_kb, stride_ks, stride_vb, stride_vs, full_first, full_last,
+        acc, row_max, row_sum, q, q_rows, K, V, table, stride_kb, stride_ks, stride_vb, stride_vs, full_first, full_last,
         n_keys, row_low, row_high, i + diagonal, slope, scale, softcap, factor,
-        D, DV, PAGE_SIZE, SOFTCAP, BLOCK_N, BLOCK_D, BLOCK_DV, False,
+        D, DV, PAGE_SIZE, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False,
     )  # fmt: skip
     acc, row_max, row_sum = _attend(
-        acc, row_max, row_sum, q, K, V, table, stride_kb, stride_ks, stride_vb, stride_vs, full_last, last,
+        acc, row_max, row_sum, q, q_rows, K, V, table, stride_kb, stride_ks, stride_vb, stride_vs, full_last, last,
         n_keys, row_low, row_high, i + diagonal, slope, scale, softcap, factor,
-        D, DV, PAGE_SIZE, SOFTCAP, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+        D, DV, PAGE_SIZE, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True,
     )  # fmt: skip
 
     if not SPLITS and Sinks is not None:
@@ -447,6 +462,10 @@ def config(arch: int, head_dim: int, dtype: torch.dtype, n_rows: int, paged: boo
     if arch == 0:  # the interpreter: small tiles, so that tests cross their borders
         return {"BLOCK_M": min(32, padded(n_rows)), "BLOCK_N": 16, "num_warps": 1, "num_stages": 1}
     wide, row = dtype == torch.float32, padded(head_dim) * dtype.itemsize
+    if head_dim > 256:  # 16 keys, and of the queries as many as leave room for a whole row of the output
+        block_m = 32 if n_rows > 16 and not wide and head_dim <= 576 else 16
+        stages = 1 if row > 2048 else 2 if block_m == 32 else 3
+        return {"BLOCK_M": block_m, "BLOCK_N": 16, "num_warps": block_m // 4, "num_stages": stages}
     block_m = 16 if wide else min(64 if head_dim <= 128 else 32, padded(n_rows))
     block_n = max(16, min(128, (8192 if wide or block_m == 64 else 16384) // row))
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 5 if paged and not wide else 3}
@@ -555,7 +574,7 @@ def _launch_decode(x: CacheInputs, q: Tensor, out: Tensor, lse: Tensor) -> None:
         x.softmax_scale, x.softcap, exponent_factor(x.softmax_scale, plain),
         D=dim, DV=dim_v, PAGE_SIZE=0 if table is None else x.k_cache.shape[1],
         LEFT=x.window_left >= 0, SOFTCAP=x.softcap > 0, SPLITS=splits > 1,
-        BLOCK_D=padded(dim), BLOCK_DV=padded(dim_v), **blocks,
+        BLOCK_D=padded(dim) if dim <= 256 else 64, BLOCK_DV=padded(dim_v), **blocks,
     )  # fmt: skip
     if splits > 1:
         _combine[grid_x(lse.numel())](

@@ -21,11 +21,13 @@ from .tile import (
     CHANGING,
     block_list,
     clear_tails,
+    exponential,
     kept_by_dropout,
     load_tile,
     modified_scores,
     nth_masked,
     of_head,
+    product,
     seen,
     sequence,
     sixteens,
@@ -101,6 +103,7 @@ def _forward(
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     TOP_LEFT: tl.constexpr,
@@ -115,10 +118,12 @@ def _forward(
 ):
     if ALIGNED:
         n_k = sixteens(n_k)
+    # CHUNK: head_dim above 256. A program then owns BLOCK_DV columns of the output, of which a row has PARTS such parts.
+    PARTS: tl.constexpr = (DV + BLOCK_DV - 1) // BLOCK_DV
     # PERSISTENT: each program takes every num_programs-th unit of work, otherwise one.
     program = tl.program_id(0)
     for work in range(program, n_work if PERSISTENT else program + 1, tl.num_programs(0) if PERSISTENT else 1):
-        tile, b, h = work_item(work, n_tiles, heads, group, section, n_heads, RIGHT)
+        tile, b, h = work_item(work // PARTS, n_tiles, heads, group, section, n_heads, RIGHT)
         q_start, sq = sequence(b, n_q, CuQ, None, VARLEN)
         k_start, sk = sequence(b, n_k, CuK, UsedK, VARLEN)
         i0 = tile * BLOCK_M
@@ -126,12 +131,16 @@ def _forward(
             diagonal = 0 if TOP_LEFT else sk - sq
             i = i0 + tl.arange(0, BLOCK_M)
             d = tl.arange(0, BLOCK_D)
-            dv = tl.arange(0, BLOCK_DV)
+            first_dv = work % PARTS * BLOCK_DV
+            dv = first_dv + tl.arange(0, BLOCK_DV)
             b64, h64 = b.to(tl.int64), h.to(tl.int64)
             g64 = (h // group).to(tl.int64)
             token = q_start + i.to(tl.int64)
-            q_ptrs = Q + b64 * stride_qb + h64 * stride_qh + token[:, None] * stride_qs + d[None, :]
-            q = tl.load(q_ptrs, mask=(i < sq)[:, None] & (d < D)[None, :], other=0.0)
+            if CHUNK:
+                q_base = Q + b64 * stride_qb + h64 * stride_qh + q_start * stride_qs
+            else:
+                q_ptrs = Q + b64 * stride_qb + h64 * stride_qh + token[:, None] * stride_qs + d[None, :]
+                q = tl.load(q_ptrs, mask=(i < sq)[:, None] & (d < D)[None, :], other=0.0)
             if not TMA:
                 k_base = K + b64 * stride_kb + g64 * stride_kh + k_start * stride_kt
                 v_base = V + b64 * stride_vb + g64 * stride_vh + k_start * stride_vt
@@ -168,11 +177,16 @@ def _forward(
                         column_tile = full_first + visit
                     j0 = column_tile * BLOCK_N
                     j = j0 + columns
-                    if TMA:
-                        k = tl.trans(tl.reshape(K.load([b, j0, h // group, 0]), (BLOCK_N, BLOCK_D)))
+                    if CHUNK:
+                        qk = product(
+                            q_base, i0, stride_qs, sq, k_base, j0, stride_kt, sk, D, BLOCK_M, BLOCK_N, CHUNK, PRECISION, FAR
+                        )
                     else:
-                        k = load_tile(k_base, j0, stride_kt, sk, D, BLOCK_N, BLOCK_D, MASKED == 1, True, FAR)
-                    qk = tl.dot(q, k, input_precision=PRECISION)
+                        if TMA:
+                            k = tl.trans(tl.reshape(K.load([b, j0, h // group, 0]), (BLOCK_N, BLOCK_D)))
+                        else:
+                            k = load_tile(k_base, j0, stride_kt, sk, D, BLOCK_N, BLOCK_D, MASKED == 1, True, FAR)
+                        qk = tl.dot(q, k, input_precision=PRECISION)
                     inside = (j < sk)[None, :]
                     if Bias is not None or Mask is not None:  # rows beyond the last are not stored, but must not be read
                         inside = inside & (i < sq)[:, None]
@@ -205,11 +219,15 @@ def _forward(
                             RIGHT,
                         )
                         qk = tl.where(keep, qk, float("-inf"))
-                    new_max = tl.maximum(row_max, tl.max(qk, 1) * factor)
+                    tile_max = tl.max(qk, 1)
+                    if Bias is None:
+                        tile_max = tile_max * factor
+                    new_max = tl.maximum(row_max, tile_max)
                     # A row that has not seen a key yet: -inf - -inf would be NaN.
                     safe_max = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED == 1 or Bias is not None else new_max
-                    p = tl.exp2(qk * factor - safe_max[:, None])
-                    shrink = tl.exp2(row_max - safe_max)
+                    p = exponential(qk, safe_max[:, None], factor, Bias is not None)
+                    shrink = row_max - safe_max
+                    shrink = tl.exp2(shrink * factor if Bias is not None else shrink)
                     row_sum = row_sum * shrink + tl.sum(p, 1)
                     acc = acc * shrink[:, None]
                     if DROPOUT:
@@ -217,20 +235,27 @@ def _forward(
                     if TMA:
                         v = tl.reshape(V.load([b, j0, h // group, 0]), (BLOCK_N, BLOCK_DV))
                     else:
-                        v = load_tile(v_base, j0, stride_vt, sk, DV, BLOCK_N, BLOCK_DV, MASKED == 1, False, FAR)
+                        v = load_tile(v_base, j0, stride_vt, sk, DV, BLOCK_N, BLOCK_DV, MASKED == 1, False, FAR, first_dv)
                     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
                     row_max = new_max
             if Sinks is not None:
-                sink = tl.load(Sinks + h) * 1.4426950408889634
+                # In the unit of row_max: that of log 2, or with a bias the natural one.
+                sink = tl.load(Sinks + h) * (1.0 if Bias is not None else 1.4426950408889634)
+                to_log2 = 1.4426950408889634 if Bias is not None else 1.0
                 new_max = tl.maximum(row_max, sink)
-                shrink = tl.exp2(row_max - new_max)
-                row_sum = row_sum * shrink + tl.exp2(sink - new_max)
+                safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+                shrink = tl.exp2((row_max - safe_max) * to_log2)
+                row_sum = row_sum * shrink + tl.exp2((sink - safe_max) * to_log2)
                 acc = acc * shrink[:, None]
                 row_max = new_max
             without_key = row_sum == 0.0
             row_sum = tl.where(without_key, 1.0, row_sum)
             acc = acc * (keep_scale / row_sum)[:, None]
-            lse = tl.where(without_key, float("-inf"), (row_max + tl.log2(row_sum)) * 0.6931471805599453)
+            if Bias is not None:
+                lse = row_max + tl.log2(row_sum) * 0.6931471805599453
+            else:
+                lse = (row_max + tl.log2(row_sum)) * 0.6931471805599453
+            lse = tl.where(without_key, float("-inf"), lse)
             o_ptrs = Out + b64 * stride_ob + h64 * stride_oh + token[:, None] * stride_os + dv[None, :]
             tl.store(o_ptrs, acc.to(Out.dtype.element_ty), mask=(i < sq)[:, None] & (dv < DV)[None, :])
             tl.store(Lse + b64 * stride_lb + h64 * stride_lh + token, lse, mask=i < sq)
@@ -299,12 +324,12 @@ def aligned(x: Inputs) -> bool:
     return bool(given) and x.lengths[1] % 16 == 0 and all(stride % 16 == 0 for stride in apart)
 
 
-def constants(x: Inputs) -> dict[str, object]:
+def constants(x: Inputs) -> dict[str, Any]:
     """What is compiled in for a problem, besides the blocks."""
     d, dv = x.q.shape[-1], x.v.shape[-1]
     return {
-        "D": d, "DV": dv, "BLOCK_D": config.padded(d), "BLOCK_DV": config.padded(dv), "LEFT": x.window_left >= 0,
-        "RIGHT": x.window_right >= 0, "TOP_LEFT": x.top_left, "SOFTCAP": x.softcap > 0, "DROPOUT": x.dropout_p > 0,
+        "D": d, "DV": dv, **config.widths(d, dv, x.q.dtype), "LEFT": x.window_left >= 0, "RIGHT": x.window_right >= 0,
+        "TOP_LEFT": x.top_left, "SOFTCAP": x.softcap > 0, "DROPOUT": x.dropout_p > 0,
         "PRECISION": config.precision(x.q.dtype), "ALIGNED": aligned(x),
     }  # fmt: skip
 
@@ -362,14 +387,13 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor]:
 
 def _launch(x: Inputs) -> tuple[Tensor, Tensor]:
     q, k, v = (contiguous_rows(tensor) for tensor in (x.q, x.k, x.v))
-    out = q.new_empty(*q.shape[:-1], v.shape[-1])
-    lse = q.new_empty(x.lse_shape(), dtype=torch.float32)
+    out, lse = x.empty()
     if lse.numel() == 0:
         return out, lse
     (n_q, n_k), heads, group = x.lengths, q.shape[-2], q.shape[-2] // k.shape[-2]
     row = config.forward(x)
-    n_tiles, n_heads = cdiv(n_q, row.block_m), x.batch * heads
-    n_work = n_tiles * n_heads
+    n_tiles, n_heads, fixed = cdiv(n_q, row.block_m), x.batch * heads, constants(x)
+    n_work = n_tiles * n_heads * cdiv(v.shape[-1], fixed["BLOCK_DV"])
     programs, persistent = config.grid(n_work, row, q.device)
     bias, mask = broadcast(x.bias, x), broadcast(x.mask, x)
     index, count, stride_index_b, stride_index_h, index_end = block_lists(x, mask, row.block_m, row.block_n, False)
@@ -380,8 +404,8 @@ def _launch(x: Inputs) -> tuple[Tensor, Tensor]:
         index, count, *strides(q), *strides(k), *strides(v), *strides(out), *lse_strides(lse), *strides4(bias),
         *strides4(mask), slope_stride(x), stride_index_b, stride_index_h, index_end, heads, group, n_q, n_k, n_tiles, n_work,
         config.section(k, v, group, n_k, n_heads, n_tiles), n_heads, *numbers(x), BLOCK_M=row.block_m, BLOCK_N=row.block_n,
-        VARLEN=x.cu_seqlens_q is not None, TMA=tma, FAR=config.far(row.block_n, k, v), PERSISTENT=persistent,
-        num_warps=row.num_warps, num_stages=row.num_stages, **constants(x),
+        VARLEN=x.cu_seqlens_q is not None, TMA=tma, FAR=config.far(row.block_n, k, v) or config.far_rows(fixed, row.block_m, q),
+        PERSISTENT=persistent, num_warps=row.num_warps, num_stages=row.num_stages, **fixed,
     )  # fmt: skip
     launch_clear_tails(x, out, lse)
     return out, lse

@@ -100,24 +100,52 @@ def load_tile(
     EDGE: tl.constexpr,
     TRANS: tl.constexpr,
     FAR: tl.constexpr,
+    c0=0,
 ):
-    """Rows r0 .. r0 + ROWS (of n, where EDGE says that this must be asked) of a matrix of WIDTH columns, padded with 0."""
+    """Rows r0 .. r0 + ROWS (of n, where EDGE says that this must be asked) of a matrix of WIDTH columns, padded with 0; of its
+    columns those from c0, a multiple of COLUMNS."""
     r = tl.arange(0, ROWS)
     c = tl.arange(0, COLUMNS)
     # One 64-bit scalar and 32-bit offsets, where they reach: pointers of a tile's elements are its largest use of registers.
     if FAR:
         r = r.to(tl.int64)
-    start = base + r0.to(tl.int64) * stride
+    start = base + r0.to(tl.int64) * stride + c0
     if TRANS:
-        offsets, rows, columns = r[None, :] * stride + c[:, None], (r0 + r < n)[None, :], (c < WIDTH)[:, None]
+        offsets, rows, columns = r[None, :] * stride + c[:, None], (r0 + r < n)[None, :], (c0 + c < WIDTH)[:, None]
     else:
-        offsets, rows, columns = r[:, None] * stride + c[None, :], (r0 + r < n)[:, None], (c < WIDTH)[None, :]
+        offsets, rows, columns = r[:, None] * stride + c[None, :], (r0 + r < n)[:, None], (c0 + c < WIDTH)[None, :]
     if EDGE:
         return tl.load(start + offsets, mask=rows & columns, other=0.0)
-    elif WIDTH == COLUMNS:
+    elif WIDTH % COLUMNS == 0:
         return tl.load(start + offsets)
     else:
         return tl.load(start + offsets, mask=columns, other=0.0)
+
+
+@triton.jit
+def product(
+    a_base,
+    a0,
+    stride_a,
+    n_a,
+    b_base,
+    b0,
+    stride_b,
+    n_b,
+    WIDTH: tl.constexpr,
+    A_ROWS: tl.constexpr,
+    B_ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FAR: tl.constexpr,
+):
+    """A tile of a b^T of two matrices of WIDTH columns, CHUNK of them at a time: for rows too wide to be held."""
+    total = tl.zeros((A_ROWS, B_ROWS), tl.float32)
+    for c0 in tl.range(0, WIDTH, CHUNK):
+        a = load_tile(a_base, a0, stride_a, n_a, WIDTH, A_ROWS, CHUNK, True, False, FAR, c0)
+        b = load_tile(b_base, b0, stride_b, n_b, WIDTH, B_ROWS, CHUNK, True, True, FAR, c0)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
@@ -149,6 +177,14 @@ def modified_scores(
     if Bias is not None:
         qk += tl.load(Bias + i.to(tl.int64) * stride_bias_s + j * stride_bias_t, mask=inside, other=0.0).to(tl.float32)
     return qk, derivative
+
+
+@triton.jit
+def exponential(scores, top, factor, BIAS: tl.constexpr):
+    """exp(scores - top), where `factor` takes scores to units of log 2. Without a bias top is in these units, for one fused
+    multiply-add. With one it is in the scores' own: a mask of finfo.min times log2 e would be -inf, and where scores lie far
+    from 0 only their difference is exact."""
+    return tl.exp2((scores - top) * factor) if BIAS else tl.exp2(scores * factor - top)
 
 
 @triton.jit
