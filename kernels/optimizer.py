@@ -415,22 +415,26 @@ def _in_layout(
     return copied(p, True), copied(grad, written)
 
 
-def _check_range(name: str, value: Any, low: float, high: float, allowed: str) -> None:
+def _in_range(name: str, value: Any, low: float, high: float, allowed: str) -> Any:
+    """The number, of Python where it is numpy's: a checkpoint can hold no other. A tensor stays one."""
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: got {type(value).__name__}, allowed is {allowed}")
     if not _on_device(value) and not low <= float(value) < high:
         raise ValueError(f"{name}: got {value!r}, allowed is {allowed}")
+    return value if type(value) in (int, float) or isinstance(value, Tensor) else float(value)
 
 
 def _check_group(group: dict[str, Any]) -> None:
+    """Raises for numbers that are none or out of range, and puts Python's in the place of numpy's."""
     lr, betas = group["lr"], group["betas"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr: got a tensor of {lr.numel()} elements, allowed is one")
-    _check_range("lr", lr, 0.0, math.inf, "a finite number from 0")
+    finite = (0.0, math.inf, "a finite number from 0")
+    group |= {name: _in_range(name, group[name], *finite) for name in ("lr", "eps", "weight_decay")}
     if len(betas) != 2 or any(isinstance(beta, Tensor) for beta in betas):
         raise ValueError(f"betas: got {betas!r}, allowed are two numbers")
-    for i, beta in enumerate(betas):
-        _check_range(f"betas[{i}]", beta, 0.0, 1.0, "a number from 0 to below 1")
-    _check_range("eps", group["eps"], 0.0, math.inf, "a finite number from 0")
-    _check_range("weight_decay", group["weight_decay"], 0.0, math.inf, "a finite number from 0")
+    below_one = (0.0, 1.0, "a number from 0 to below 1")
+    group["betas"] = tuple(_in_range(f"betas[{i}]", beta, *below_one) for i, beta in enumerate(betas))
     if group["differentiable"]:
         raise ValueError("differentiable: got True, allowed is False (torch.optim.AdamW has a differentiable step)")
 
@@ -461,11 +465,19 @@ class FusedAdam(torch.optim.Adam):
         stochastic_rounding: bool = False,
         zero_grad: bool = False,
     ) -> None:
-        _check_group({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "differentiable": differentiable})
+        group: dict[str, Any] = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "differentiable": differentiable,
+        }
+        _check_group(group)
         if max_grad_norm is not None:
-            _check_range("max_grad_norm", max_grad_norm, 5e-324, math.inf, "a finite number above 0, or None")
+            allowed = "a finite number above 0, or None"
+            max_grad_norm = float(_in_range("max_grad_norm", max_grad_norm, 5e-324, math.inf, allowed))
         if ema_decay is not None:
-            _check_range("ema_decay", ema_decay, 0.0, 1.0, "a number from 0 to below 1, or None")
+            ema_decay = float(_in_range("ema_decay", ema_decay, 0.0, 1.0, "a number from 0 to below 1, or None"))
         if master_weights and stochastic_rounding:
             raise ValueError("stochastic_rounding: got True beside master_weights=True, allowed is one of the two")
         self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
@@ -477,8 +489,8 @@ class FusedAdam(torch.optim.Adam):
         # foreach and fused choose between torch's implementations, capturable is what this one always is. fused=True makes
         # torch.optim.AdamW, when it loads a checkpoint of ours, keep its steps on the device.
         torch.optim.Adam.__init__(
-            self, params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, capturable=capturable, fused=True,
-            decoupled_weight_decay=decoupled_weight_decay,
+            self, params, group["lr"], group["betas"], group["eps"], group["weight_decay"], amsgrad, maximize=maximize,
+            capturable=capturable, fused=True, decoupled_weight_decay=decoupled_weight_decay,
         )  # fmt: skip
         if stochastic_rounding:
             dtypes = {p.dtype for group in self.param_groups for p in group["params"]}

@@ -37,8 +37,8 @@ def rotary_cos_sin(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin (S, D / 2) of the angles position * theta^(-2i / D), computed in float32 (float64 if dtype is)."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.int64).to(wide) / head_dim
-    angle = positions.to(wide)[..., None] * (1.0 / theta**exponent)
+    exponent = torch.arange(0, int(head_dim), 2, device=positions.device, dtype=torch.int64).to(wide) / int(head_dim)
+    angle = positions.to(wide)[..., None] * (1.0 / float(theta) ** exponent)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 

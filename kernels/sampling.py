@@ -17,6 +17,7 @@ The kernels are in csrc/sampling.{h,cpp,cu}.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -130,6 +131,15 @@ def sample_reference(logits: Tensor, p: Parameters) -> Tensor:
 # --- PyTorch's operators --------------------------------------------------------------------------------------------
 
 
+def _heaviest(weights: Tensor, count: Callable[[], Any]) -> tuple[Tensor, Tensor]:
+    """The `count` heaviest of each row, or more, the heaviest first. A GPU sorts the rows: nothing waits for the count."""
+    if not weights.is_cpu:
+        values, ids = weights.sort(descending=True)
+        return values, ids
+    values, ids = weights.topk(max(1, min(int(count()), weights.shape[-1])))
+    return values, ids
+
+
 def _sample_torch(logits: Tensor, p: Parameters) -> Tensor:
     """The same distribution (of equal logits at a cut, any); other tokens for the same seed, since what the filters leave is
     inverted in the order of the logits."""
@@ -143,19 +153,19 @@ def _sample_torch(logits: Tensor, p: Parameters) -> Tensor:
         temperature = max(p.temperature, LEAST_TEMPERATURE)
     weights = whole = ((logits - best).float() / temperature).exp()
     ids = None
-    if isinstance(p.top_k, Tensor) or p.top_k < vocabulary:
-        most = int(p.top_k.max()) if isinstance(p.top_k, Tensor) else p.top_k
-        weights, ids = weights.topk(max(1, min(most, vocabulary)))  # the heaviest first
-        if isinstance(p.top_k, Tensor):
-            rank = torch.arange(weights.shape[-1], device=weights.device)
-            weights = weights.masked_fill(rank >= _column(p.top_k), 0)
+    if isinstance(p.top_k, Tensor):
+        weights, ids = _heaviest(weights, p.top_k.max)
+        rank = torch.arange(weights.shape[-1], device=weights.device)
+        weights = weights.masked_fill(rank >= _column(p.top_k), 0)
+    elif p.top_k < vocabulary:
+        weights, ids = weights.topk(p.top_k)
     if isinstance(p.top_p, Tensor) or p.top_p < 1:
         top_p = _column(p.top_p)
         total = (whole if p.joint else weights).sum(-1, keepdim=True, dtype=wide)
         if ids is None:
             # What lies below this weighs less than 1 - top_p even together: top_p is reached without it.
-            floor = total * ((1 - top_p) / (2 * vocabulary))
-            weights, ids = weights.topk(max(1, int((weights > floor).sum(-1).max())))
+            above = weights > total * ((1 - top_p) / (2 * vocabulary))
+            weights, ids = _heaviest(weights, lambda: above.sum(-1).max())
         before = weights.cumsum(-1, dtype=wide) - weights
         weights = weights.masked_fill(before >= top_p * total, 0)
     if isinstance(p.min_p, Tensor) or p.min_p > 0:
@@ -217,6 +227,15 @@ def _check_tensor(name: str, value: Tensor, logits: Tensor, integer: bool) -> No
         )
 
 
+def _number(name: str, value: Any, integer: bool) -> Any:
+    """A number of any type, numpy's included, as int or float."""
+    number: Any = value.item() if getattr(value, "shape", None) == () else value
+    wanted: Any = numbers.Integral if integer else numbers.Real
+    if isinstance(number, bool) or not isinstance(number, wanted):
+        raise TypeError(f"{name}: got {type(value).__name__}, allowed are {'int' if integer else 'float'} and tensors")
+    return int(number) if integer else float(number)
+
+
 def _parameter(name: str, value: Any, logits: Tensor, check: bool) -> Any:
     allowed, text = RANGES[name]
     integer = name == "top_k"
@@ -227,19 +246,17 @@ def _parameter(name: str, value: Any, logits: Tensor, check: bool) -> Any:
             raise ValueError(f"{name}: got {wrong}, must be {text}")
         dtype = torch.int64 if integer else torch.float64 if value.dtype == torch.float64 else torch.float32
         return value.to(dtype).expand(logits.shape[:-1]).reshape(-1).contiguous()
-    if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
-        raise TypeError(f"{name}: got {type(value).__name__}, allowed are {'int' if integer else 'float'} and tensors")
+    value = _number(name, value, integer)
     if not allowed(value):
         raise ValueError(f"{name}: got {value}, must be {text}")
-    return min(value, logits.shape[-1]) if integer else float(value)
+    return min(value, logits.shape[-1]) if integer else value
 
 
 def _counter(name: str, value: Any, logits: Tensor) -> Any:
     if isinstance(value, Tensor):
         _check_tensor(name, value, logits, integer=True)
         return value.to(torch.int64).reshape(-1).contiguous()
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {type(value).__name__}, allowed are int and tensors")
+    value = _number(name, value, integer=True)
     if not -(2**63) <= value < 2**64:
         raise ValueError(f"{name}: got {value}, must have at most 64 bits")
     return value if value < 2**63 else value - 2**64

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from wikigpt.kernels import sample
 
 from wikigpt.data import BPETokenizer, ByteTokenizer, WordTokenizer
 from wikigpt.errors import UserError
@@ -131,6 +132,25 @@ def test_a_model_that_computes_nan_is_refused():
     model.head.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="logits: row 0 has NaN"):
         generate(model, [[1]], 3)
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_nan_is_seen_in_what_comes_from_the_device_anyway(model, monkeypatch, step):
+    """As on a GPU, where sample itself does not wait to raise: its id is -1."""
+    monkeypatch.setattr("wikigpt.kernels.sampling.checks_values", lambda device_type: False)
+    calls = []
+
+    def sample_of_bad_logits(logits, *args, **kwargs):
+        assert not kwargs.get("check_nan")
+        calls.append(logits)
+        bad = logits.clone()
+        if len(calls) > step:
+            bad[1] = float("nan")
+        return sample(bad, *args, **kwargs)
+
+    monkeypatch.setattr("wikigpt.generate.sample", sample_of_bad_logits)
+    with pytest.raises(ValueError, match=r"logits: row 2 has NaN, \+inf or nothing but -inf"):
+        generate(model, [[1, 2], [1], [3, 4]], 5)
 
 
 def test_each_row_ends_with_its_first_eos(model):

@@ -11,7 +11,9 @@ import math
 import pickle
 import shutil
 import subprocess
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from wikigpt.kernels import FusedAdam, FusedAdamW, optimizer
@@ -1064,6 +1066,30 @@ def test_many_tensors_take_several_emulated_launches(emulated, monkeypatch):
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         FusedAdamW(make_params(), **options)
+
+
+OPTIONS = {"lr": 1e-2, "betas": (0.75, 0.5), "eps": 0.125, "weight_decay": 0.25, "max_grad_norm": 0.5, "ema_decay": 0.5}
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.array, Fraction])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_may_be_numbers_of_any_type(device, name, kind):
+    """Also in the checkpoint, which torch.load reads with weights_only=True."""
+    given = tuple(map(kind, OPTIONS[name])) if name == "betas" else kind(OPTIONS[name])
+    results = []
+    for options in ({**OPTIONS, name: given}, OPTIONS):
+        params = make_params(device=device)
+        o = FusedAdamW(params, **options)
+        run(o, params, 2)
+        results.append([values(params), reloaded(o.state_dict())["state"]])
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("wrong", ["0.1", [0.1], 1j], ids=repr)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_that_is_no_number_is_named(name, wrong):
+    with pytest.raises(TypeError, match=rf"{name}.*: got {type(wrong).__name__}, allowed is a"):
+        FusedAdamW(make_params(), **{name: (wrong, 0.9) if name == "betas" else wrong})
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])

@@ -2,11 +2,14 @@
 the CUDA kernel emulated on the CPU."""
 
 import ctypes
+import itertools
 import math
 import shutil
 import subprocess
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -352,6 +355,36 @@ def test_any_shape(backend):
     assert sample(torch.zeros(2, 3, 5), top_k=torch.ones(2, 3, dtype=torch.int32), backend=backend).shape == (2, 3)
 
 
+NUMBERS = {"temperature": 0.5, "top_k": 7, "top_p": 0.75, "min_p": 0.125, "seed": 3, "offset": 11}
+KINDS = {int: [np.int64, np.int32, np.uint8, np.array], float: [np.float64, np.float32, np.float16, np.array, Fraction]}
+OF_ANY_TYPE = [(name, kind) for name, value in NUMBERS.items() for kind in KINDS[type(value)]]
+
+
+@pytest.mark.parametrize(("name", "kind"), OF_ANY_TYPE, ids=lambda x: getattr(x, "__name__", x))
+@every_backend
+def test_a_number_may_be_of_any_type(name, kind, backend):
+    logits = normal(100, 50)
+    expected = sample(logits, **NUMBERS, backend=backend)
+    assert torch.equal(sample(logits, **{**NUMBERS, name: kind(NUMBERS[name])}, backend=backend), expected)
+
+
+def test_flashinfers_function_takes_numbers_of_any_type_too():
+    logits = normal(100, 50)
+    ids = top_k_top_p_sampling_from_logits(logits, np.int64(7), np.float32(0.75), seed=np.int64(3))
+    assert torch.equal(ids, top_k_top_p_sampling_from_logits(logits, 7, 0.75, seed=3))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_no_parameter_makes_a_device_wait(backend):
+    """On meta tensors reading a number raises, as a GPU would be waited for."""
+    logits = torch.empty(3, 100, device="meta")
+    rows = {name: torch.ones(3, device="meta", dtype=torch.int64 if name in ("top_k", "seed") else None) for name in NUMBERS}
+    choices = [(None, rows[name], value) for name, value in NUMBERS.items() if name not in ("offset", "temperature")]
+    for temperature, (top_k, top_p, min_p, seed) in itertools.product((1.0, rows["temperature"]), itertools.product(*choices)):
+        arguments = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+        assert sample(logits, temperature, **arguments, backend=backend).shape == (3,)
+
+
 def test_logits_that_need_gradients_can_be_sampled():
     assert not sample(torch.zeros(2, 5, requires_grad=True), top_p=0.5).requires_grad
 
@@ -377,6 +410,10 @@ def test_an_argument_out_of_range_is_named(wrong, backend):
     ("wrong", "error", "match"),
     [
         ({"top_k": 2.0}, TypeError, "top_k: got float"),
+        ({"top_k": np.float64(2.0)}, TypeError, "top_k: got float64, allowed are int and tensors"),
+        ({"top_k": np.array([2, 3])}, TypeError, "top_k: got ndarray"),
+        ({"top_p": np.bool_(True)}, TypeError, "top_p: got bool"),
+        ({"top_p": 1j}, TypeError, "top_p: got complex"),
         ({"top_k": torch.tensor(2.0)}, TypeError, r"top_k: got dtype torch\.float32"),
         ({"top_p": "0.5"}, TypeError, "top_p: got str"),
         ({"temperature": True}, TypeError, "temperature: got bool"),
@@ -516,6 +553,20 @@ def test_a_million_draws_of_a_gpu_follow_the_distribution(filters):
     logits = normal(50)
     ids = sample(logits.cuda().expand(1_000_000, -1), **filters, generator=torch.Generator("cuda").manual_seed(1))
     assert_drawn_from(ids.cpu(), kept_probabilities(logits, **filters))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("filters", [{"top_k": 5}, {"top_p": 0.9}, {"top_k": 5, "top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_pytorchs_operators_do_not_wait_for_a_gpu(filters):
+    logits = torch.zeros(100, 1000, device="cuda")
+    rows = {name: torch.full((100,), value, device="cuda") for name, value in filters.items()}
+    sample(logits, **rows, backend="torch")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sample(logits, **rows, backend="torch")
+        sample(logits, **filters, backend="torch")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @gpu_built
