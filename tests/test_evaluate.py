@@ -67,6 +67,13 @@ def test_windows_count_every_position_exactly_once(n, length, data):
     assert counted == list(range(n))
 
 
+def test_the_stride_may_be_numpys_integer_and_is_named_where_it_is_none():
+    model, stream = make_model(), tokens(20)
+    assert perplexity(model, stream, 0, stride=np.int64(4)).nats == perplexity(model, stream, 0, stride=4).nats
+    with pytest.raises(TypeError, match="stride: got float, allowed is int"):
+        perplexity(model, stream, 0, stride=4.0)
+
+
 def test_a_uniform_model_has_the_perplexity_of_its_vocabulary():
     model = make_model()
     torch.nn.init.zeros_(model.norm.weight)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -214,6 +215,12 @@ def test_a_toy_translation_is_learnt_from_scratch_to_bleu_95_on_unseen_numbers(t
     )
     test = read_pairs(write_pairs(tmp_path / "test.jsonl", rows[800:]))
     assert evaluate_bleu(*load_run(path), test).score > 95
+
+
+def test_a_run_with_numpys_numbers_leaves_a_checkpoint_that_can_be_read(pairs_file, tmp_path):
+    numbers = {"steps": np.int64(1), "batch_size": np.int32(4), "lr": np.float64(1e-3), "seed": np.int64(1)}
+    out = finetune(pairs_file, tmp_path / "out", **numbers, valid_fraction=np.float32(0.25), log=quiet)
+    assert checkpoint.load(out)["config"]["lr"] == 1e-3
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(pairs_file, tmp_path):

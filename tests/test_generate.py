@@ -1,5 +1,6 @@
 """Text generation: sampling, the cache, batches, streaming. Models are tiny and random, all on the CPU."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -132,6 +133,20 @@ def test_a_model_that_computes_nan_is_refused():
     model.head.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="logits: row 0 has NaN"):
         generate(model, [[1]], 3)
+
+
+def test_numbers_may_be_numpys(model):
+    numbers = {"max_new_tokens": 8, "top_k": 5, "seed": 3, "eos_id": 7}
+    ours = generate(model, [[1, 2]], temperature=0.5, **numbers)
+    assert (
+        generate(model, np.array([[1, 2]]), temperature=np.float32(0.5), **{k: np.int64(v) for k, v in numbers.items()}) == ours
+    )
+
+
+@pytest.mark.parametrize(("name", "wrong"), [("max_new_tokens", 8.0), ("seed", "3"), ("top_k", 2.0)])
+def test_what_is_no_integer_is_named(model, name, wrong):
+    with pytest.raises(TypeError, match=f"{name}: got {type(wrong).__name__}, allowed"):
+        generate(model, [[1]], **{"max_new_tokens": 3, name: wrong})
 
 
 @pytest.mark.parametrize("step", [0, 2])

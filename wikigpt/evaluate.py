@@ -20,7 +20,7 @@ from torch import Tensor
 
 import wikigpt.kernels as kernels
 
-from .errors import UserError
+from .errors import UserError, integer
 from .model import GPT
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def perplexity(
     progress(done, total) is called after each batch. Raises UserError for ids out of range and for a bad stride.
     """
     length = model.config.context_length
-    stride = max(1, length // 2) if stride is None else stride
+    stride = max(1, length // 2) if stride is None else integer("stride", stride)
     if not 1 <= stride <= length:
         raise UserError(f"stride: got {stride}, must be between 1 and the model's context_length {length}")
     device = model.head.weight.device

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import checkpoint as checkpoints
 from .data import Tokenizer, WordTokenizer, train_tokenizer
-from .errors import UserError
+from .errors import UserError, integer
 from .model import GPT, GPTConfig
 from .pairs import IGNORE, Pair, encode_pairs, read_pairs
 from .train import pick_device
@@ -54,6 +54,10 @@ def finetune(
     Raises UserError for unusable pairs or settings, and for a loss that is no longer finite; the best weights
     until then stay in the file.
     """
+    # Python's own numbers: a checkpoint that holds numpy's cannot be read again.
+    epochs, steps = (x if x is None else integer(name, x) for name, x in (("epochs", epochs), ("steps", steps)))
+    batch_size, seed = integer("batch_size", batch_size), integer("seed", seed)
+    lr, valid_fraction = lr if lr is None else float(lr), float(valid_fraction)
     _check(epochs=epochs, steps=steps, batch_size=batch_size, lr=lr, valid_fraction=valid_fraction)
     pairs = read_pairs(pairs_path)
     target = pick_device(device)

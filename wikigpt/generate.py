@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, integer
 from .kernels import sample
 from .model import GPT
 
@@ -44,6 +44,7 @@ def generate(
     Raises UserError for a prompt longer than the context and for a token outside the vocabulary, ValueError
     for arguments out of range, for an empty prompt without eos_id, and for logits that are NaN or inf.
     """
+    max_new_tokens = integer("max_new_tokens", max_new_tokens)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens: got {max_new_tokens}, must be 0 or more")
     rows = prompt_ids.tolist() if isinstance(prompt_ids, Tensor) else [list(row) for row in prompt_ids]
@@ -56,7 +57,7 @@ def generate(
         check_tokens(model, row)
         groups.setdefault(len(row), []).append(i)
     device = model.head.weight.device
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    generator = None if seed is None else torch.Generator(device).manual_seed(integer("seed", seed))
     seeds = torch.randint(-(2**63), 2**63 - 1, (len(rows),), device=device, generator=generator)
     new: list[list[int]] = [[] for _ in rows]
 
