@@ -14,7 +14,7 @@ from transformers.models.llama import modeling_llama
 from wikigpt.kernels import backend
 
 from tests.conftest import assert_as_accurate_as
-from tests.test_transformers import DECODERS, SLIDING, SMALL, tokens
+from tests.test_transformers import DECODERS, ENCODER, SLIDING, SMALL, tokens
 from wikigpt.integrations import lazy_logits
 from wikigpt.integrations import patch as patching
 from wikigpt.integrations.lazy_logits import LazyLogits
@@ -29,12 +29,46 @@ FAMILIES = {
         "final_logit_softcapping": 3.0}),
     "Phi": ("PhiForCausalLM", "PhiConfig", {**SMALL, "partial_rotary_factor": 0.5}),
 }  # fmt: skip
+EXPERTS = {**SMALL, "head_dim": 8, "num_experts_per_tok": 1, "output_router_logits": True, "router_aux_loss_coef": 0.7}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "image_size": 8,
+    "patch_size": 4,
+}
+# Norms without a bias, packed MLPs, scaled logits, experts with a loss of their router, text models in a shell with images.
+MORE = {
+    "Cohere": ("CohereForCausalLM", "CohereConfig", {**SMALL, "head_dim": 8, "logit_scale": 0.3}),
+    "Granite": ("GraniteForCausalLM", "GraniteConfig", {**SMALL, "logits_scaling": 3.0}),
+    "Phi 3": ("Phi3ForCausalLM", "Phi3Config", SMALL),
+    "GLM": ("GlmForCausalLM", "GlmConfig", {**SMALL, "head_dim": 8}),
+    "Mixtral": ("MixtralForCausalLM", "MixtralConfig", {**EXPERTS, "num_local_experts": 2}),
+    "Qwen 3 MoE": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 16}),
+    "gpt-oss": ("GptOssForCausalLM", "GptOssConfig", {**EXPERTS, "num_local_experts": 2}),
+    "DeepSeek V3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", {
+        **SMALL, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
+        "v_head_dim": 12, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}),
+    "LLaVA": ("LlavaForConditionalGeneration", "LlavaConfig", {
+        "text_config": {**SMALL, "model_type": "llama"}, "vision_config": {**VISION, "model_type": "clip_vision_model"},
+        "image_token_index": 60}),
+    "PaliGemma": ("PaliGemmaForConditionalGeneration", "PaliGemmaConfig", {
+        "text_config": {**SMALL, "head_dim": 8, "model_type": "gemma"},
+        "vision_config": {**VISION, "model_type": "siglip_vision_model"}, "image_token_index": 60, "projection_dim": 32}),
+    "Gemma 3 with images": ("Gemma3ForConditionalGeneration", "Gemma3Config", {
+        "text_config": {**SMALL, "head_dim": 8, "sliding_window": 4, "layer_types": SLIDING},
+        "vision_config": {**VISION, "model_type": "siglip_vision_model"}, "image_token_index": 60, "mm_tokens_per_image": 4}),
+    "OPT": ("OPTForCausalLM", "OPTConfig", {**ENCODER, "word_embed_proj_dim": 32, "ffn_dim": 48, "dropout": 0.0}),
+}  # fmt: skip
 
 
 def build(name, **changes):
     """A small model in training mode, without dropout, with random weights that are far from any symmetry."""
-    model_class, config_class, settings = FAMILIES[name]
+    model_class, config_class, settings = {**FAMILIES, **MORE}[name]
     config = getattr(transformers, config_class)(**{**settings, "attn_implementation": "eager", **changes})
+    config._experts_implementation = "eager"  # the others know no float64
     torch.manual_seed(0)
     model = getattr(transformers, model_class)(config)
     for parameter in model.parameters():
@@ -100,12 +134,13 @@ HOW = ("auto", "torch")
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *MORE])
 def test_logits_loss_and_gradients_stay(name, how):
     model, x = build(name), batch()
     plain, truth = step(model, x), in_float64(model, x)
-    patch(model)
+    assert patch(model)["loss"] == [""]
     with backend(how):
+        assert isinstance(model(**x).logits, LazyLogits)
         assert_steps_agree(step(model, x), plain, truth)
 
 
@@ -262,14 +297,32 @@ def test_the_activation_is_recognised_by_its_values(act):
         assert patch(model)["activation"] == []
 
 
-def test_logits_that_are_scaled_keep_their_loss():
-    config = transformers.GraniteConfig(**SMALL, logits_scaling=3.0)
-    assert patch(transformers.GraniteForCausalLM(config))["loss"] == []
+def test_norms_without_a_bias_and_packed_projections_are_swapped():
+    layers = ("model.layers.0", "model.layers.1")
+    assert patch(build("Cohere"))["norm"] == [*(f"{layer}.input_layernorm" for layer in layers), "model.norm"]
+    for name in ("Phi 3", "GLM"):
+        assert patch(build(name))["activation"] == [f"{layer}.mlp" for layer in layers]
 
 
-def test_a_head_with_experts_keeps_its_loss():
-    settings = {**SMALL, "num_local_experts": 2, "num_experts_per_tok": 1, "output_router_logits": True}
-    assert patch(transformers.MixtralForCausalLM(transformers.MixtralConfig(**settings)))["loss"] == []
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen 3 MoE", "gpt-oss"])
+def test_the_loss_of_a_router_is_kept(name):
+    model, x = build(name), batch()
+    plain = model(**x)
+    patch(model)
+    ours = model(**x)
+    torch.testing.assert_close(ours.aux_loss, plain.aux_loss)
+    without = model(**x, output_router_logits=False)
+    assert without.aux_loss is None
+    torch.testing.assert_close(ours.loss, without.loss + 0.7 * plain.aux_loss)
+
+
+def test_a_loss_of_more_than_a_cross_entropy_is_left_alone():
+    class WithPenalty(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, logits_to_keep=0, **kwargs):
+            out = super().forward(input_ids, labels=labels, **kwargs)
+            return type(out)(loss=out.loss + 1e-4 * out.logits.square().mean(), logits=out.logits)
+
+    assert patch(WithPenalty(transformers.LlamaConfig(**SMALL)))["loss"] == []
 
 
 def test_cos_and_sin_of_unequal_halves_keep_their_rotary_embedding():
@@ -305,6 +358,78 @@ def test_a_model_with_nothing_to_swap_is_refused():
         patch(nn.Linear(2, 2))
 
 
+# --- however the process is set up ----------------------------------------------------------------------------------
+
+SETTINGS = {
+    **{f"default dtype {d}": lambda d=d: default_dtype(getattr(torch, d)) for d in ("bfloat16", "float16", "float64")},
+    "default device meta": lambda: torch.device("meta"),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference mode": torch.inference_mode,
+    "a forced backend": lambda: backend("triton"),
+    "deterministic algorithms": lambda: deterministic(),
+}
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", ["GPT-2", "Llama", "Gemma 2"])
+def test_the_same_modules_are_swapped_whatever_the_setting_of_the_process(name, setting):
+    expected, model = patch(build(name)), build(name)
+    dtype = torch.get_default_dtype()
+    with SETTINGS[setting]():
+        inside = torch.get_default_dtype()
+        assert patch(model) == expected
+        assert torch.get_default_dtype() == inside
+    assert torch.get_default_dtype() == dtype
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", ["GPT-2", "Llama", "Gemma 2"])
+def test_a_model_made_under_a_setting_is_swapped_as_any(name, setting):
+    expected = patch(build(name))
+    with SETTINGS[setting]():
+        assert patch(build(name)) == expected
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *MORE])
+def test_a_model_on_the_meta_device_is_swapped_as_any(name):
+    expected = patch(build(name))
+    with torch.device("meta"):
+        model = build(name)
+    assert patch(model) == expected
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+def test_a_model_is_patched_on_the_meta_device_and_filled_later():
+    original = build("Llama")
+    with torch.device("meta"):
+        model = build("Llama")
+    patch(model)
+    model.to_empty(device="cpu").load_state_dict(original.state_dict())
+    for ours, theirs in zip(model.buffers(), original.buffers()):
+        ours.copy_(theirs)
+    with backend("torch"):
+        torch.testing.assert_close(model(**batch()).loss, original(**batch()).loss)
+
+
 def test_patching_draws_nothing_from_the_random_generators():
     model = build("Llama")
     torch.manual_seed(3)
@@ -330,11 +455,11 @@ def test_logits_are_not_made_in_training_and_are_given_everywhere_else(pair):
     model, _ = pair
     x = batch()
     model.lm_head.register_forward_hook(lambda *_: None)
-    assert model(**x).logits is not None  # a hook wants to see them
+    assert isinstance(model(**x).logits, torch.Tensor)  # a hook wants to see them
     model.lm_head._forward_hooks.clear()
-    assert model(**x).logits is None
-    assert model(x["input_ids"]).logits.shape == (2, 13, 61)
-    assert model.eval()(**x).logits.shape == (2, 13, 61)
+    assert isinstance(model(**x).logits, LazyLogits)
+    for logits in (model(x["input_ids"]).logits, model(x["input_ids"], logits_to_keep=5).logits, model.eval()(**x).logits):
+        assert isinstance(logits, torch.Tensor)
 
 
 def test_without_the_loss_logits_are_given_in_training():
@@ -354,7 +479,8 @@ def test_every_option_of_the_forward_means_what_it_meant(pair, options):
     if isinstance(ours, tuple):
         torch.testing.assert_close(ours[0], theirs[0])
         return
-    assert set(theirs) - set(ours) <= {"logits"}
+    assert set(theirs) == set(ours)
+    torch.testing.assert_close(*(m.logits.tensor() if isinstance(m.logits, LazyLogits) else m.logits for m in (ours, theirs)))
     if options.get("labels", True) is not None:
         torch.testing.assert_close(ours.loss, theirs.loss)
     for a, b in zip(ours.hidden_states or (), theirs.hidden_states or ()):
@@ -394,7 +520,7 @@ def test_a_lora_on_the_head_gets_its_gradient():
     wrapped = peft.get_peft_model(model, config).train()
     out = wrapped(**batch())
     out.loss.backward()
-    assert out.logits is not None
+    assert isinstance(out.logits, torch.Tensor)
     assert all(p.grad.abs().max() > 0 for name, p in wrapped.named_parameters() if "lora" in name)
 
 
@@ -536,7 +662,7 @@ def test_lora_trains_the_same(first):
     plain, ours = wrapped(False), wrapped(True)
     truth = in_float64(plain, x)
     assert_steps_agree(step(ours, x), step(plain, x), truth)
-    assert ours(**x).logits is None
+    assert isinstance(ours(**x).logits, LazyLogits)
 
 
 def test_a_norm_kept_in_float32_in_a_bfloat16_model_keeps_its_output_dtype():

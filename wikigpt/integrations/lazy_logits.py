@@ -265,9 +265,12 @@ def _scale_and_softcap(steps: tuple[tuple[str, Any], ...]) -> tuple[float, float
             softcap = float(cap)
         case scales:
             softcap = 0.0
-    if any(name == "tanh" or number == 0 for name, number in scales):
-        return None
-    return math.prod(number if name == "mul" else 1 / number for name, number in scales), softcap
+    scale = 1.0
+    for name, number in scales:
+        if name == "tanh" or number == 0:
+            return None
+        scale = scale * number if name == "mul" else scale / number
+    return scale, softcap
 
 
 def _cross_entropy(
