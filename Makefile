@@ -14,12 +14,13 @@ COMPILED36 := $(wildcard $(patsubst %,tests/test_%.py,attention_launch compile l
 # Tests run one process a core, each on one thread.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help setup train test test-full test-triton36 bench bench-report gpu-check hub-kernel lint format clean
+.PHONY: help setup train test test-full test-triton36 fuzz bench bench-report gpu-check hub-kernel lint format clean
 
 help:
 	@echo "make train      train a small GPT (about two minutes on a CPU), evaluate it, continue a text"
 	@echo "make test       run the tests (make test-full: with the full product of every grid)"
 	@echo "make test-triton36   a part of the kernels' tests, on Triton $(TRITON36)"
+	@echo "make fuzz       random calls of every public function for an hour (MINUTES=5: for five minutes)"
 	@echo "make bench      run the benchmarks (bench/); make bench-report: docs/benchmarks.md from bench/results/"
 	@echo "make gpu-check  on a machine with a GPU: tests, benchmarks, training; writes bench/results/; again: goes on"
 	@echo "make hub-kernel writes kernels/ as a kernel for the Hugging Face Hub to build/hub-kernel"
@@ -57,6 +58,11 @@ test-triton36: $(BEFORE)/.ready
 	PYTHONPATH=$(BEFORE) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS) --sample 7 $(INTERPRETED36)
 	PYTHONPATH=$(BEFORE) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS) \
 		-k "sm_90 or not (test_compile.py or other_architectures or costs_the_host)" $(COMPILED36)
+
+# Fresh seeds each time; the tests make the same few calls in every run.
+MINUTES ?= 60
+fuzz: $(READY)
+	WIKIGPT_FUZZ_MINUTES=$(MINUTES) $(BIN)/python -m pytest -q tests/test_fuzz.py -k as_long $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m pytest bench $(ARGS)
