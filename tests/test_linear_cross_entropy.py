@@ -338,6 +338,19 @@ def test_lse_and_target_logits_have_the_gradient_of_the_reference(implementation
         assert_as_accurate_as(o, p, t)
 
 
+def test_a_z_loss_made_of_lse_is_the_option(implementation):
+    x, w, b, y = problem(33, 20, 301)
+
+    def by_hand(x, w, y, linear_bias):
+        loss, aux = lce(x, w, y, linear_bias=linear_bias, return_aux=True)
+        valid = y != -100
+        return loss + 0.01 * aux.lse[valid].square().sum() / valid.sum()
+
+    option = gradients(lce, x, w, b, y, torch.tensor(1.0), torch.float32, z_loss=0.01)
+    for o, h in zip(option, gradients(by_hand, x, w, b, y, torch.tensor(1.0), torch.float32)):
+        torch.testing.assert_close(o, h)
+
+
 def test_a_filter_keeps_the_gradient_of_lse(small_chunks):
     x, w, b, y = problem(33, 20, 301)
     leaves = [tensor.requires_grad_() for tensor in (x, w, b)]
