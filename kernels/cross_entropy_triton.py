@@ -264,7 +264,7 @@ def options(ignore_index: int, label_smoothing: float, softcap: float, z_loss: f
 
 def block(width: int, plain: bool = True) -> tuple[int, int, int]:
     """(BLOCK_M, BLOCK_N, num_warps): 16 numbers a thread and up to 4,096 of a row in a program; half of both with class
-    weights, softcap or an argmax, which take registers. Short rows share a program."""
+    weights, softcap, an argmax or gradients of what goes with the loss, which take registers. Short rows share a program."""
     if triton.knobs.runtime.interpret:
         return 32, 128, 1
     most, each = (4096, 16) if plain else (2048, 8)
@@ -340,7 +340,7 @@ def gradient(
     n, width = z.shape
     if n == 0:
         return
-    block_m, block_n, num_warps = _block_of(z, padded)
+    block_m, block_n, num_warps = _block_of(z, padded, of_lse is None)
     with device_of(z):
         _gradient[(cdiv(n, block_m) * cdiv(width, block_n),)](
             z, out, x.class_weight, x.weight_sum, target, lse, row_grad, of_lse, of_target, flags, z.stride(0), out.stride(0),
