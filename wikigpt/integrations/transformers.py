@@ -1,4 +1,5 @@
-"""attn_implementation="wikigpt" for every model of Hugging Face transformers that goes through its AttentionInterface.
+"""attn_implementation="wikigpt" for every model of Hugging Face transformers that goes through its AttentionInterface. A
+model whose own code computes attention is refused when it is made (`why_not`): it would read our masks as its own.
 
 Shapes: B batch, H query heads, G key/value heads, S query and T key positions, D head_dim.
 
@@ -13,7 +14,11 @@ transformers makes the mask once per forward pass (AttentionMaskInterface) and h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dis
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,23 +31,151 @@ from wikigpt.kernels import flash_attn_func, flash_attn_varlen_func
 from .patch import patch, unpatch
 
 NAME = "wikigpt"
+# What a model's config says instead, where the model knows no masks but eager's (`_refusing`).
+NAME_EAGER_MASKS = "wikigpt_eager_masks"
 
 
 def register() -> None:
     """Make attn_implementation="wikigpt" valid, for models made from now on and `model.set_attn_implementation`.
 
-    Nothing changes for other models; calling it again is harmless. Raises ImportError where transformers is missing.
+    Both raise ValueError for a model that does not take its attention from transformers' AttentionInterface. Nothing
+    changes for other models; calling it again is harmless. Raises ImportError where transformers is missing.
     """
     try:
-        from transformers import AttentionInterface
-        from transformers.masking_utils import AttentionMaskInterface
+        from transformers import AttentionInterface, PreTrainedModel
+        from transformers.masking_utils import AttentionMaskInterface, eager_mask
     except ImportError as error:
         raise ImportError("wikigpt.integrations.transformers needs Hugging Face transformers 5.0 or newer") from error
     AttentionInterface.register(NAME, wikigpt_attention_forward)
     AttentionMaskInterface.register(NAME, wikigpt_mask)
+    AttentionInterface.register(NAME_EAGER_MASKS, _with_eagers_masks)
+    AttentionMaskInterface.register(NAME_EAGER_MASKS, eager_mask)
+    # What every model calls with its own and every part's implementation, when it is made and when it is changed.
+    checked = PreTrainedModel.get_correct_attn_implementation
+    if not hasattr(checked, "__wrapped__"):
+        PreTrainedModel.get_correct_attn_implementation = _refusing(checked)
+        PreTrainedModel.set_attn_implementation = _refusing_parts(PreTrainedModel.set_attn_implementation)
+
+
+# --- which models ---------------------------------------------------------------------------------------------------
+
+
+def _refuse(model: type, requested: Any) -> None:
+    reason = why_not(model) if requested in (NAME, NAME_EAGER_MASKS) else None
+    if reason is not None:
+        others = '"sdpa" or "eager"' if model._supports_sdpa else '"eager"'  # type: ignore[attr-defined]
+        raise ValueError(
+            f'attn_implementation: got "{NAME}", but {reason}. Use {others}; if {model.__name__} is a part of a model, for '
+            f'this part alone: attn_implementation={{"text_config": "{NAME}", "vision_config": "eager"}}'
+        )
+
+
+def _refusing(checked: Callable[..., str]) -> Callable[..., str]:
+    @functools.wraps(checked)
+    def get_correct_attn_implementation(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+        _refuse(type(self), requested_attention)
+        if requested_attention in (NAME, NAME_EAGER_MASKS):  # the second where an outer model shares its config
+            others = self._supports_sdpa or self._supports_flash_attn or self._supports_flex_attn
+            requested_attention = NAME if others else NAME_EAGER_MASKS  # Splinter, NLLB-MoE, DeepSeek V4 look into the mask
+        return checked(self, requested_attention, *args, **kwargs)
+
+    return get_correct_attn_implementation
+
+
+def _refusing_parts(change: Callable[..., None]) -> Callable[..., None]:
+    """transformers leaves a part that cannot change as it is, with a warning."""
+
+    @functools.wraps(change)
+    def set_attn_implementation(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        for part in self.modules() if attn_implementation == NAME else ():
+            if hasattr(part, "get_correct_attn_implementation"):
+                _refuse(type(part), attn_implementation)
+        change(self, attn_implementation, *args, **kwargs)
+
+    return set_attn_implementation
+
+
+_SOFTMAX = {"softmax", "Softmax", "scaled_dot_product_attention"}
+_PRODUCT = {"matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"}
+
+
+def _code(code: types.CodeType) -> set[str]:
+    """The names that the code mentions; "matmul" for the operator @."""
+    names = set(code.co_names)
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "BINARY_MATRIX_MULTIPLY" or instruction.argrepr == "@":
+            names.add("matmul")
+        if isinstance(instruction.argval, types.CodeType):
+            names |= _code(instruction.argval)
+    return names
+
+
+def _functions(cls: type) -> Iterator[types.FunctionType]:
+    """The methods that a model's own file, not transformers or PyTorch at large, gives to the class."""
+    for base in cls.__mro__:
+        if _is_a_models_own(base):
+            for name, member in vars(base).items():
+                member = inspect.unwrap(getattr(member, "fget", None) or getattr(member, "__func__", member))
+                if isinstance(member, types.FunctionType) and name != "_init_weights":  # which names parts of all the file
+                    yield member
+
+
+def _is_a_models_own(thing: Any) -> bool:
+    package = thing.__module__ or ""
+    return package.startswith("transformers.models.") or package.split(".")[0] not in ("transformers", "torch", "builtins")
+
+
+@functools.cache
+def why_not(model: type) -> str | None:
+    """Why models of this class cannot use attn_implementation="wikigpt", or None where they can.
+
+    Judged by the code of the class and of the modules that it makes, up to other models, which are judged by themselves:
+    attention is a softmax beside a product of matrices, or what is called so and takes a mask, and it has to come from
+    ALL_ATTENTION_FUNCTIONS. _supports_attention_backend does not tell: T5 and Whisper do not set it.
+    """
+    from transformers import PreTrainedModel
+
+    own: list[str] = []  # classes that compute attention themselves
+    from_interface = False
+    seen, todo = set(), [model]
+    while todo:
+        cls = todo.pop()
+        seen.add(cls)
+        names: set[str] = set()
+        functions, known = list(_functions(cls)), set()
+        masked = any("mask" in name for function in functions for name in inspect.signature(function).parameters)
+        while functions:
+            function = functions.pop()
+            known.add(function)
+            mentioned = _code(function.__code__)
+            names |= mentioned
+            for name in mentioned & function.__globals__.keys():
+                value = function.__globals__[name]
+                if isinstance(value, dict) and "eager" in value and NAME not in value and isinstance(value["eager"], type):
+                    return f"{cls.__name__} takes its attention from {name}, which does not have it"
+                values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+                for part in map(inspect.unwrap, values):
+                    if isinstance(part, types.FunctionType) and part not in known and _is_a_models_own(part):
+                        functions.append(part)
+                    if not isinstance(part, type) or not issubclass(part, torch.nn.Module) or part in seen:
+                        continue
+                    if _is_a_models_own(part) and not issubclass(part, PreTrainedModel):
+                        todo.append(part)
+        if "ALL_ATTENTION_FUNCTIONS" in names:
+            from_interface = True
+        elif not issubclass(cls, PreTrainedModel) and (
+            (names & _SOFTMAX and names & _PRODUCT) or ("Attention" in cls.__name__ and masked)
+        ):
+            own.append(cls.__name__)
+    if not own or from_interface or model._supports_sdpa:  # type: ignore[attr-defined]
+        return None
+    return f"{model.__name__} computes attention in its own {own[0]}, not through transformers' AttentionInterface"
 
 
 # --- masks ----------------------------------------------------------------------------------------------------------
+
+
+_ADDITIONS = {getattr(torch.ops.aten, name) for name in ("add", "add_", "sub", "sub_", "rsub", "baddbmm")}
 
 
 class DescribedMask(torch.Tensor):
@@ -68,6 +201,8 @@ class DescribedMask(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def, override]
+        if func.overloadpacket in _ADDITIONS:  # attention of a model's own, which takes the mask for an additive one
+            raise TypeError(f'a mask of attn_implementation="{NAME}" is boolean, it cannot be added to scores: use "eager"')
         args, kwargs = tree_map_only(DescribedMask, lambda mask: mask.dense(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -192,6 +327,8 @@ def wikigpt_attention_forward(
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
+    sinks: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
@@ -203,15 +340,13 @@ def wikigpt_attention_forward(
     attention_mask: from `wikigpt_mask`, or any bool (True takes part) or additive mask that broadcasts to (B, H, S, T);
     given one, is_causal and sliding_window are not looked at, as it contains them. Without one, is_causal (or else
     module.is_causal) aligns the diagonal with the last key. position_bias (.., S, T) is added to the scores and gets a
-    gradient; indices (B, S, n): the only keys that each query sees (DeepSeek V3.2); cu_seq_lens_q and cu_seq_lens_k:
-    packed sequences. Other keyword arguments of transformers change nothing here.
+    gradient; indices (B, S, n): the only keys that each query sees (DeepSeek V3.2); block_indices: the same by blocks, as
+    the module's indexer reads them (MiniMax M3); sinks (B, H, S, 1): one more score of each query (Inkling 2), with a
+    gradient; cu_seq_lens_q and cu_seq_lens_k: packed sequences. Other keyword arguments of transformers change nothing here.
 
     Returns (out (B, S, H, Dv), None). A query without any key gives 0.
     Raises ValueError for attention that the kernels do not know.
     """
-    for name in ("block_indices", "sinks"):  # ignoring these would be another attention
-        if kwargs.get(name) is not None:
-            raise ValueError(f'{name}: attn_implementation="{NAME}" does not support it, use "sdpa" or "eager"')
     if kwargs.get("output_attentions"):
         from transformers.utils import logging
 
@@ -223,6 +358,13 @@ def wikigpt_attention_forward(
     window = (left, 0 if causal else left)
     mask, bias = attention_mask, position_bias
     (batch, _, s, _), t = query.shape, key.shape[2]
+
+    if block_indices is not None:
+        if not hasattr(getattr(module, "indexer", None), "build_block_mask"):
+            raise ValueError(f'block_indices: {type(module).__name__} has no indexer that reads them, use "sdpa" or "eager"')
+        positions = torch.arange(t - s, t, device=query.device).expand(batch, s)
+        seen = mask.dense() if isinstance(mask, DescribedMask) else mask
+        mask = module.indexer.build_block_mask(block_indices, seen, t, query.dtype, query.device, positions)
 
     if isinstance(mask, DescribedMask) and mask.shape == (batch, 1, s, t) and indices is None:
         window, n_keys, padding = mask.window, mask.n_keys, mask.padding
@@ -242,7 +384,7 @@ def wikigpt_attention_forward(
         "dropout_p": dropout, "softmax_scale": scaling, "window_size": window, "softcap": softcap or 0.0, "s_aux": s_aux
     }  # fmt: skip
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
-        if mask is None and bias is None:
+        if mask is None and bias is None and sinks is None:
             out = flash_attn_varlen_func(
                 q.flatten(0, 1),
                 k.flatten(0, 1),
@@ -262,7 +404,16 @@ def wikigpt_attention_forward(
     if mask is not None and mask.dtype != torch.bool:
         bias = mask if bias is None else bias + mask
         mask = None
-    return flash_attn_func(q, k, v, attn_mask=mask, attn_bias=bias, **options).contiguous(), None
+    if sinks is None:
+        return flash_attn_func(q, k, v, attn_mask=mask, attn_bias=bias, **options).contiguous(), None
+    out, lse, _ = flash_attn_func(q, k, v, attn_mask=mask, attn_bias=bias, **options, return_attn_probs=True)
+    kept = torch.sigmoid(lse - sinks.squeeze(-1).float())  # what the sink leaves to the keys: e^lse / (e^lse + e^sink)
+    return (out * kept.transpose(1, 2).unsqueeze(-1).to(out.dtype)).contiguous(), None
 
 
-__all__ = ["NAME", "DescribedMask", "patch", "register", "unpatch", "wikigpt_attention_forward", "wikigpt_mask"]
+def _with_eagers_masks(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """Where eager gets no mask, nothing is masked, whatever the module says of itself."""
+    return wikigpt_attention_forward(module, *args, **{**kwargs, "is_causal": False, "sliding_window": None})
+
+
+__all__ = ["NAME", "DescribedMask", "patch", "register", "unpatch", "why_not", "wikigpt_attention_forward", "wikigpt_mask"]
