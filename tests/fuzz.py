@@ -315,6 +315,8 @@ def _check_refusal(call: Call, spec: Fuzzed, outcome: Outcome, backend: str) -> 
     if outcome.stage == "backward":
         where = "".join(traceback.format_tb(error.__traceback__)[-3:])
         raise Finding(call, "the backward fails", f"{type(error).__name__}: {error}\n{where}", backend)
+    if spec.accepts and isinstance(error, RuntimeError):
+        allowed = (*allowed, RuntimeError)  # PyTorch's own, of what it was handed
     if not isinstance(error, allowed):
         where = "".join(traceback.format_tb(error.__traceback__)[-2:])
         raise Finding(call, "another error than ValueError or TypeError", f"{type(error).__name__}: {error}\n{where}", backend)

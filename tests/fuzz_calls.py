@@ -6,6 +6,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,14 @@ def one(*values: Any) -> st.SearchStrategy[Any]:
     return st.sampled_from(values)
 
 
+@dataclass(frozen=True)
+class Option:
+    """Values that an option may have, and wrong ones."""
+
+    good: tuple[Any, ...]
+    wrong: tuple[Any, ...]
+
+
 def seldom(draw: Draw, n: int = 8) -> bool:
     """Once in n times."""
     return draw(st.integers(0, n - 1)) == n - 1
@@ -46,12 +55,12 @@ SIZES = one(2, 1, 3, 5, 8, 17, 33, 0)
 LENGTHS = one(3, 1, 2, 5, 17, 33, 40, 0)
 FEATURES = one(4, 1, 2, 3, 5, 7, 16, 17, 33, 64, 100, 0)
 HEAD_DIMS = one(4, 16, 1, 2, 3, 8, 17, 33, 64, 80)
-PROBABILITIES = one(0.2, 0.5, 0.0, 1.0, -0.1, NAN, 2.0)
+PROBABILITIES = Option((0.2, 0.5, 0.0), (1.0, -0.1, NAN, 2.0))
 TINY = 2.0**-20
 
 
 class Arguments:
-    """The arguments of one call, drawn one after the other; in one call of four something is made invalid."""
+    """The arguments of one call, drawn one after the other. One call of four is spoiled: only there something is invalid."""
 
     def __init__(self, draw: Draw):
         self.draw = draw
@@ -64,14 +73,19 @@ class Arguments:
         draw, dtype = self.draw, dtype or self.dtype
         self.seed += 1
         layout = draw(st.sampled_from(LAYOUTS)) if draw(st.booleans()) else "dense"
-        grad = grad and draw(st.booleans())
+        grad = grad and draw(one(False, True, True))
         self.found[name] = T(tuple(shape), dtype, layout, grad, seed=self.seed, **more)
 
-    def maybe(self, name: str, strategy: st.SearchStrategy[Any], n: int = 4) -> bool:
+    def maybe(self, name: str, option: Option | st.SearchStrategy[Any], n: int = 4) -> None:
         if seldom(self.draw, n):
-            self.found[name] = self.draw(strategy)
-            return True
-        return False
+            self.found[name] = self.value(option) if isinstance(option, Option) else self.draw(option)
+
+    def value(self, option: Option) -> Any:
+        return self.draw(one(*(option.wrong if self.wrong(2) else option.good)))
+
+    def wrong(self, n: int) -> bool:
+        """Once in n times of the spoiled calls."""
+        return self.spoiled and seldom(self.draw, n)
 
     def spoil(self, *names: str) -> None:
         """Makes one of the tensors wrong: rank, size, dtype, device."""
@@ -137,9 +151,12 @@ def broadcast(draw: Draw, shape: Sequence[int]) -> tuple[int, ...]:
 
 # --- attention ------------------------------------------------------------------------------------------------------
 
-SCALES = one(0.5, 0.0, 1.0, 8.0, -0.5, 1e4, 1e30, NAN, INF)
-WINDOWS = one((0, 0), (3, -1), (-1, 2), (5, 1), (10**6, 10**6), (-2, 0), (1.5, 0), (1,), None, (None, None), (0, -3))
-SOFTCAPS = one(1.5, 30.0, 0.0, 1e-3, -1.0, NAN, INF, None)
+SCALES = Option((0.5, 0.0, 1.0, 8.0, 1e4, 1e30), (-0.5, NAN, INF))
+WINDOWS = Option(
+    ((0, 0), (3, -1), (-1, 2), (5, 1), (10**6, 10**6), (np.int64(2), 0)),
+    ((-2, 0), (1.5, 0), (1,), None, (None, None), (0, -3)),
+)
+SOFTCAPS = Option((1.5, 30.0, 0.0, 1e-3), (-1.0, NAN, INF, None))
 BIAS = (0.0, 1.0, -2.5, 0.3)
 BIASES = one(
     "normal", (*BIAS, -INF), (*BIAS, -1e4), (-1e4,), (*BIAS, -1e9, -1e30), (-1e30,), (-3.3e38,), (*BIAS, -3.3e38), (-INF, -1e9)
@@ -160,7 +177,7 @@ def sizes(draw: Draw) -> dict[str, int]:
     n["v_dim"] = draw(HEAD_DIMS) if seldom(draw, 4) else n["dim"]
     if seldom(draw, 12):
         n["dim"] = n["v_dim"] = draw(one(264, 256, 320, 0))
-    if seldom(draw, 12):
+    if seldom(draw, 20):
         n["heads"] = draw(one(0, 5))
     return n
 
@@ -196,7 +213,7 @@ def masks(a: Arguments, n: dict[str, int]) -> None:
 def used_keys(a: Arguments, most: Sequence[int]) -> None:
     if seldom(a.draw, 5):
         values = [a.draw(st.integers(0, m)) for m in most]
-        if values and seldom(a.draw, 8):
+        if values and a.wrong(3):
             values[-1] = a.draw(one(-1, most[-1] + 1, 2**31 - 1))
         a.found["seqused_k"] = T((len(values),), "int32", values=tuple(values))
 
@@ -260,11 +277,7 @@ def _more_of_sdpa(call: Call, eps: float) -> dict[str, float]:
     empty = (scores == -INF).all(-1, keepdim=True)
     lse = scores.masked_fill(empty, 0).logsumexp(-1)
     out = scores.masked_fill(empty, 0).softmax(-1) @ v
-    return (
-        _saving(out.transpose(-2, -3), lse, {n: x for n, x in a.items() if isinstance(x, Tensor)}, call, eps)
-        if q.dim() == 4
-        else {}
-    )
+    return _saving(out, lse, {n: x for n, x in a.items() if isinstance(x, Tensor)}, call, eps)
 
 
 def _flash(name: str, function: Callable[..., Any], **options: Any) -> None:
@@ -319,34 +332,37 @@ def _(a: Arguments) -> int:
     return outputs
 
 
-def ends(draw: Draw, sequences: int) -> tuple[list[int], int]:
+def ends(a: Arguments, sequences: int) -> tuple[list[int], int]:
     """(cu_seqlens, tokens): now and then with tokens behind the last sequence, or wrong."""
+    draw = a.draw
     lengths = [draw(one(3, 1, 0, 5, 17)) for _ in range(sequences)]
     cu = [0]
     for n in lengths:
         cu.append(cu[-1] + n)
     tokens = cu[-1] + (draw(one(1, 4, 20)) if seldom(draw, 5) else 0)
-    if seldom(draw, 15):
+    if a.wrong(4):
         cu[draw(st.integers(0, len(cu) - 1))] = draw(one(-1, tokens + 1, 10**6))
     return cu, tokens
 
 
-def longest(draw: Draw, cu: list[int]) -> int:
+def longest(a: Arguments, cu: list[int]) -> int:
     most = max((b - a for a, b in itertools.pairwise(cu)), default=0)
-    return draw(one(most, most + 10, most - 1, -1)) if seldom(draw, 6) else most
+    if a.wrong(4):
+        return a.draw(one(most - 1, -1))
+    return most + 10 if seldom(a.draw, 6) else most
 
 
 @calls("flash_attn_varlen_func")
 def _(a: Arguments) -> int:
     draw, n = a.draw, sizes(a.draw)
     sequences = draw(one(2, 1, 3, 0))
-    (cu_q, q), (cu_k, k) = ends(draw, sequences), ends(draw, sequences)
+    (cu_q, q), (cu_k, k) = ends(a, sequences), ends(a, sequences)
     a.tensor("q", (q, n["heads"], n["dim"]), grad=True)
     a.tensor("k", (k, n["groups"], n["dim"]), grad=True)
     a.tensor("v", (k, n["groups"], n["v_dim"]), grad=True)
     a.found["cu_seqlens_q"] = T((len(cu_q),), "int32", values=tuple(cu_q))
     a.found["cu_seqlens_k"] = T((len(cu_k),), "int32", values=tuple(cu_k))
-    a.found["max_seqlen_q"], a.found["max_seqlen_k"] = longest(draw, cu_q), longest(draw, cu_k)
+    a.found["max_seqlen_q"], a.found["max_seqlen_k"] = longest(a, cu_q), longest(a, cu_k)
     outputs = flash_options(a, n, sequences)
     used_keys(a, [max(y - x, 0) for x, y in itertools.pairwise(cu_k)])
     a.spoil("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "s_aux", "seqused_k")
@@ -358,10 +374,10 @@ def _(a: Arguments) -> int:
     draw, n = a.draw, sizes(a.draw)
     n["heads"] = n["groups"]
     sequences = draw(one(2, 1, 3, 0))
-    cu, tokens = ends(draw, sequences)
+    cu, tokens = ends(a, sequences)
     a.tensor("qkv", (tokens, 3, n["heads"], n["dim"]), grad=True)
     a.found["cu_seqlens"] = T((len(cu),), "int32", values=tuple(cu))
-    a.found["max_seqlen"] = longest(draw, cu)
+    a.found["max_seqlen"] = longest(a, cu)
     outputs = flash_options(a, n, sequences)
     a.spoil("qkv", "cu_seqlens", "alibi_slopes", "s_aux")
     return outputs
@@ -407,18 +423,18 @@ def _more_of_varlen(call: Call) -> dict[str, float]:
 def _(a: Arguments) -> int:
     draw, n = a.draw, sizes(a.draw)
     sequences = draw(one(2, 1, 3, 0))
-    (cu_q, q), (cu_k, k) = ends(draw, sequences), ends(draw, sequences)
+    (cu_q, q), (cu_k, k) = ends(a, sequences), ends(a, sequences)
     a.tensor("query", (q, n["heads"], n["dim"]), grad=True)
     a.tensor("key", (k, n["groups"], n["dim"]), grad=True)
     a.tensor("value", (k, n["groups"], n["v_dim"]), grad=True)
     a.found["cu_seq_q"] = T((len(cu_q),), "int32", values=tuple(cu_q))
     a.found["cu_seq_k"] = T((len(cu_k),), "int32", values=tuple(cu_k))
-    a.found["max_q"], a.found["max_k"] = longest(draw, cu_q), longest(draw, cu_k)
-    if n["heads"] != n["groups"] and not seldom(draw, 8):
+    a.found["max_q"], a.found["max_k"] = longest(a, cu_q), longest(a, cu_k)
+    if n["heads"] != n["groups"] and not a.wrong(4):
         a.found["enable_gqa"] = True
     a.maybe("scale", SCALES, 5)
     a.maybe("window_size", WINDOWS, 4)
-    a.maybe("num_splits", one(1, 3, 0), 10)
+    a.maybe("num_splits", Option((1, 3), (0, -1)), 10)
     if draw(st.booleans()):
         a.found["aux"] = True
     used_keys(a, [max(y - x, 0) for x, y in itertools.pairwise(cu_k)])
@@ -516,7 +532,7 @@ def _(a: Arguments) -> int:
         a.tensor("k_cache", (stored, size, n["groups"], n["dim"]))
         a.tensor("v_cache", (stored, size, n["groups"], n["v_dim"]))
         table = draw(st.permutations(range(stored)))[: batch * pages]
-        if table and seldom(draw, 12):
+        if table and a.wrong(4):
             table = [*table[:-1], draw(one(-1, stored, 2**31 - 1))]
         a.found["block_table"] = T((batch, pages), "int32", values=tuple(table))
         t = size * pages
@@ -526,7 +542,7 @@ def _(a: Arguments) -> int:
         a.tensor("v_cache", (rows, t, n["groups"], n["v_dim"]))
         if seldom(draw, 5):
             chosen = draw(st.permutations(range(max(rows, batch))))[:batch]
-            if chosen and seldom(draw, 6):
+            if chosen and a.wrong(3):
                 chosen = [*chosen[:-1], draw(one(-1, rows))]
             a.found["cache_batch_idx"] = T((batch,), "int32", values=tuple(chosen))
     for name in ("k_cache", "v_cache"):
@@ -546,9 +562,11 @@ def _(a: Arguments) -> int:
     if new is not None or draw(st.booleans()):
         lengths = [draw(st.integers(0, room)) for _ in range(batch)]
         if lengths and seldom(draw, 6):
-            lengths[-1] = draw(one(-1, room + 1, t + 5))
+            lengths[-1] = -1  # a sequence that is idle
+        if lengths and a.wrong(3):
+            lengths[-1] = draw(one(room + 1, t + 5))
         if seldom(draw, 4):
-            a.found["cache_seqlens"] = draw(one(room, 0, t + 1, -1))
+            a.found["cache_seqlens"] = a.value(Option((room, 0), (t + 1, -1)))
         else:
             a.found["cache_seqlens"] = T((batch,), "int32", values=tuple(lengths))
     if seldom(draw, 6):
@@ -562,7 +580,7 @@ def _(a: Arguments) -> int:
     if seldom(draw, 5):
         shape = (n["heads"],) if draw(st.booleans()) else (batch, n["heads"])
         a.tensor("alibi_slopes", shape, "float32", fill=(0.5, 0.25, 0.0, 1.0))
-    a.maybe("num_splits", one(1, 2, 5, 128, 129, -1), 5)
+    a.maybe("num_splits", Option((1, 2, 5, 128), (129, -1)), 5)
     if draw(st.booleans()):
         a.found["return_softmax_lse"] = True
     if seldom(draw, 5):
@@ -574,7 +592,7 @@ def _(a: Arguments) -> int:
 
 # --- norms ----------------------------------------------------------------------------------------------------------
 
-EPS = one(1e-5, 0.0, 1e-12, 1.0, -1e-5, NAN, INF)
+EPS = Option((1e-5, 1e-12, 1.0, 0.0), (-1e-5, NAN, INF))
 
 
 def _torch_norm(call: Call, a: dict[str, Any]) -> Any:
@@ -706,7 +724,7 @@ def _norm_module(name: str) -> None:
         draw = a.draw
         norm_arguments(a, biased=name == "LayerNorm")
         hidden = a.found["x"].shape[-1]
-        a.found["size"] = draw(one(hidden, (hidden,), [hidden], hidden + 1, (2, hidden), ())) if seldom(draw, 3) else hidden
+        a.found["size"] = a.value(Option((hidden, (hidden,), [hidden]), (hidden + 1, (2, hidden), ())))
         a.maybe("elementwise_affine", one(False), 5)
         outputs = norm_options(a)
         if name == "RMSNorm":
@@ -730,18 +748,18 @@ def loss_options(a: Arguments, classes: int, target: tuple[int, ...]) -> int:
             draw(one(0, classes - 1, classes // 2, -100)) if seldom(draw, 4) else 0 for _ in range(min(math.prod(target), 6))
         ]
         fill = tuple(values) if values else (0,)
-        if seldom(draw, 12):
+        if a.wrong(3):
             fill = (*fill, draw(one(classes, -1, 2**40)))
         a.found["target"] = T(target, "int64", fill=fill, layout=draw(one("dense", "rows", "every_second")), seed=a.seed)
     else:
         a.found["target"] = T(target, "int64", fill=(0,))
     if seldom(draw, 4):
         a.tensor("weight", (classes,), draw(one("float32", a.dtype)), fill=(1.0, 0.5, 2.0, 0.0))
-    a.maybe("reduction", one("sum", "none", "mean", "max", None), 2)
+    a.maybe("reduction", Option(("sum", "none", "mean"), ("max", None)), 2)
     a.maybe("ignore_index", one(0, 1, -1, -100, 10**6), 5)
-    a.maybe("label_smoothing", one(0.1, 1.0, 0.0, -0.1, 1.5, NAN), 4)
-    a.maybe("softcap", one(5.0, 30.0, 0.0, -1.0, NAN, INF, 0.01), 5)
-    a.maybe("z_loss", one(1e-4, 0.1, 0.0, -1.0, NAN, INF), 5)
+    a.maybe("label_smoothing", Option((0.1, 1.0, 0.0), (-0.1, 1.5, NAN)), 4)
+    a.maybe("softcap", Option((5.0, 30.0, 0.0, 0.01), (-1.0, NAN, INF)), 5)
+    a.maybe("z_loss", Option((1e-4, 0.1, 0.0), (-1.0, NAN, INF)), 5)
     a.maybe("return_aux", one(True), 4)
     return 3 if "return_aux" in a.found else 1
 
@@ -828,7 +846,7 @@ def _(a: Arguments) -> int:
 
 # --- activations ----------------------------------------------------------------------------------------------------
 
-APPROXIMATE = one("tanh", "none", "erf", None)
+APPROXIMATE = Option(("tanh", "none"), ("erf", None))
 FUNCTIONS["gelu"] = Fuzzed(K.gelu, "gelu", torch=lambda call, a: F.gelu(a["x"], approximate=a.get("approximate", "none")))
 for _name in ("bias_gelu", "swiglu", "geglu"):
     FUNCTIONS[_name] = Fuzzed(getattr(K, _name), _name, same_dropout=("reference", "triton"))
@@ -837,7 +855,7 @@ for _name in ("bias_gelu", "swiglu", "geglu"):
 def activation_shape(draw: Draw, even: bool = False) -> tuple[int, ...]:
     features = draw(FEATURES)
     lead = draw(one((3,), (), (1,), (2, 3), (0,)))
-    return (*lead, 2 * features if even and not seldom(draw, 10) else features)
+    return (*lead, 2 * features if even and not seldom(draw, 20) else features)
 
 
 @calls("gelu")
@@ -909,7 +927,7 @@ def rotary_arguments(a: Arguments, batch: int, length: int, dim: int) -> None:
         table = length + draw(one(0, 4))
         positions = draw(one((length,), (batch, length)))
         fill = tuple(range(table)) or (0,)
-        a.found["positions"] = T(positions, draw(one("int64", "int32")), fill=(*fill, -1, table) if seldom(draw, 8) else fill)
+        a.found["positions"] = T(positions, draw(one("int64", "int32")), fill=(*fill, -1, table) if a.wrong(3) else fill)
         shape = (table, pairs)
     else:
         shape = draw(one((length, pairs), (batch, length, pairs), (1, length, pairs)))
@@ -920,7 +938,7 @@ def rotary_arguments(a: Arguments, batch: int, length: int, dim: int) -> None:
     if seldom(draw, 5):
         a.found["inplace"] = True
         for name in ("x", "q", "k"):
-            if name in a.found and not seldom(draw, 6):
+            if name in a.found and not a.wrong(3):
                 t = a.found[name]
                 a.found[name] = T(t.shape, t.dtype, t.layout, seed=t.seed)
 
@@ -958,9 +976,9 @@ def _(a: Arguments) -> int:
     draw = a.draw
     dtype = draw(one("int64", "int32", a.dtype, "bool"))
     a.tensor("positions", draw(one((3,), (), (0,), (2, 3))), dtype, fill=(0, 1))
-    a.found["head_dim"] = draw(one(4, 2, 64, 0, 3, 1, -2, 2.5, None, np.int64(4)))
-    a.maybe("theta", one(1e6, 1.0, 0.0, -1.0, NAN, INF, 1e-6), 3)
-    a.maybe("dtype", one("float16", "bfloat16", "float64", "int64"), 2)
+    a.found["head_dim"] = a.value(Option((4, 2, 64, 0, np.int64(4)), (3, 1, -2, 2.5, None)))
+    a.maybe("theta", Option((1e6, 1.0, 1e-6), (0.0, -1.0, NAN, INF)), 3)
+    a.maybe("dtype", Option(("float16", "bfloat16", "float64"), ("int64",)), 2)
     return 1
 
 
@@ -994,42 +1012,47 @@ _SAMPLING = {"truth": lambda call: False, "exact": True, "extra": _ids, "meta": 
 FUNCTIONS["sample"] = Fuzzed(K.sample, "sample", **_SAMPLING)
 FUNCTIONS["top_k_top_p_sampling_from_logits"] = Fuzzed(K.top_k_top_p_sampling_from_logits, "sample", **_SAMPLING)
 
-FILLS = one("normal", (0.0, 1.0, -INF), (1.0,), (1e4, -1e4, 0.0), (0.0, NAN), (INF, 0.0), (-INF,), (-3e38, 3e38))
+FILLS = one("normal", (1.0,), (1e4, -1e4, 0.0), (-3e38, 3e38, 0.0))
+WRONG_FILLS = one((0.0, NAN), (INF, 0.0), (-INF,), (0.0, 1.0, -INF))  # the last one for most rows right
 
 
-def parameter(a: Arguments, name: str, numbers: tuple[Any, ...], rows: tuple[int, ...], dtype: str) -> None:
+def parameter(a: Arguments, name: str, option: Option, rows: tuple[int, ...], dtype: str) -> None:
+    """A number, or a tensor with one number or one for each row."""
     draw = a.draw
     if draw(st.booleans()):
-        a.found[name] = draw(one(*numbers))
+        a.found[name] = a.value(option)
     else:
-        some = [x for x in numbers if isinstance(x, (int, float)) and x == x and abs(x) < 2**40]
-        shape = draw(one(rows, ()))
-        keep = tuple(some[: draw(st.integers(1, len(some)))])
-        a.found[name] = T(shape, dtype, fill=keep, layout=draw(one("dense", "every_second")))
+        fill = option.good[: draw(st.integers(1, len(option.good)))]
+        fill += tuple(x for x in option.wrong if isinstance(x, (int, float)) and abs(x) < 2**40)[:1] if a.wrong(3) else ()
+        fill = tuple(x for x in fill if x is not None and not isinstance(x, bool))
+        a.found[name] = T(draw(one(rows, ())), dtype, fill=fill, layout=draw(one("dense", "every_second")))
 
 
-TOP_KS = (1, 3, 5, 1000, 0, -1, 2.0, None, np.int64(2), True)
-TOP_PS = (0.5, 0.9, 1.0, 1e-6, 0.0, 1.5, NAN, None, 1)
+TEMPERATURES = Option((1.0, 0.0, 0.7, 1e-20, 100.0, 1), (-1.0, NAN, INF, None, "1"))
+TOP_KS = Option((1, 3, 5, 1000, np.int64(2)), (0, -1, 2.0, True, "3"))
+TOP_PS = Option((0.5, 0.9, 1.0, 1e-6, np.float32(0.5)), (0.0, 1.5, NAN, True))
+MIN_PS = Option((0.1, 0.0, 1.0), (-0.5, 2, NAN))
+SEEDS = Option((0, 1, 2**40, 17), (2**64, 2**70, 1.5, "1"))
 
 
 @calls("sample")
 def _(a: Arguments) -> int:
     draw = a.draw
     rows = draw(one((3,), (1,), (), (2, 2), (0,)))
-    vocabulary = draw(one(5, 1, 2, 17, 300, 0) if seldom(draw, 3) else one(5, 17))
-    a.tensor("logits", (*rows, vocabulary), grad=True, fill=draw(FILLS) if seldom(draw, 3) else "normal")
+    vocabulary = draw(one(5, 1, 2, 17, 300))
+    a.tensor("logits", (*rows, vocabulary), grad=True, fill=draw(WRONG_FILLS if a.wrong(3) else FILLS))
     if draw(st.booleans()):
-        parameter(a, "temperature", (0.0, 1.0, 0.7, 1e-20, 100.0, -1.0, NAN, INF, None), rows, draw(one("float32", "float64")))
+        parameter(a, "temperature", TEMPERATURES, rows, draw(one("float32", "float64")))
     if seldom(draw, 3):
         parameter(a, "top_k", TOP_KS, rows, draw(one("int64", "int32")))
     if seldom(draw, 3):
         parameter(a, "top_p", TOP_PS, rows, draw(one("float32", "float64")))
     if seldom(draw, 4):
-        parameter(a, "min_p", (0.1, 0.0, 1.0, -0.5, NAN, 2), rows, "float32")
+        parameter(a, "min_p", MIN_PS, rows, "float32")
     if draw(st.booleans()):
-        parameter(a, "seed", (0, 1, 2**63, -1, 2**64, 2**70, 1.5), rows, "int64")
+        parameter(a, "seed", SEEDS, rows, "int64")
         if seldom(draw, 3):
-            parameter(a, "offset", (0, 5, 2**40, -1), rows, "int64")
+            parameter(a, "offset", SEEDS, rows, "int64")
     a.maybe("check_nan", one(True), 6)
     a.spoil("logits", "temperature", "top_k", "top_p", "min_p", "seed", "offset")
     return 1
@@ -1039,16 +1062,16 @@ def _(a: Arguments) -> int:
 def _(a: Arguments) -> int:
     draw = a.draw
     batch, vocabulary = draw(one(3, 1, 0)), draw(one(5, 17, 1))
-    a.tensor("logits", (batch, vocabulary), fill=draw(FILLS) if seldom(draw, 4) else "normal")
+    a.tensor("logits", (batch, vocabulary), fill=draw(WRONG_FILLS if a.wrong(3) else FILLS))
     rows = (batch,)
     if seldom(draw, 4):
         rows = (draw(one(2, 4)),)
         fill = tuple(range(batch)) or (0,)
-        a.found["indices"] = T(rows, draw(one("int64", "int32")), fill=(*fill, batch, -1) if seldom(draw, 8) else fill)
+        a.found["indices"] = T(rows, draw(one("int64", "int32")), fill=(*fill, batch, -1) if a.wrong(3) else fill)
     parameter(a, "top_k", TOP_KS, rows, "int64")
     parameter(a, "top_p", TOP_PS, rows, "float32")
-    a.maybe("filter_apply_order", one("joint", "top_k_first", "last"), 3)
-    parameter(a, "seed", (0, 1, 2**63), rows, "int64")
+    a.maybe("filter_apply_order", Option(("joint", "top_k_first"), ("last", None)), 3)
+    parameter(a, "seed", SEEDS, rows, "int64")
     a.spoil("logits", "indices", "top_k", "top_p", "seed")
     return 1
 
@@ -1105,21 +1128,22 @@ def _optimizer(name: str) -> None:
                 None if seldom(draw, 8) else T(shape, dtype, draw(one("dense", "transposed")), fill=fill, seed=2 * i + 1)
             )
         a.found |= {"params": params, "grads": grads}
-        a.maybe("lr", one(0.1, 0.0, 1.0, -0.1, NAN, INF), 3)
-        a.maybe("betas", one((0.5, 0.9), (0.0, 0.0), (0.9, 1.0), (-0.1, 0.9), (NAN, 0.9), (0.9,)), 5)
-        a.maybe("eps", one(1e-6, 0.0, 1.0, -1.0, NAN), 5)
-        a.maybe("weight_decay", one(0.1, 0.0, 1.0, -0.1, NAN), 4)
+        a.maybe("lr", Option((0.1, 0.0, 1.0), (-0.1, NAN, INF)), 3)
+        a.maybe("betas", Option(((0.5, 0.9), (0.0, 0.0)), ((0.9, 1.0), (-0.1, 0.9), (NAN, 0.9), (0.9,))), 5)
+        a.maybe("eps", Option((1e-6, 0.0, 1.0), (-1.0, NAN)), 5)
+        a.maybe("weight_decay", Option((0.1, 0.0, 1.0), (-0.1, NAN)), 4)
         a.maybe("amsgrad", one(True), 4)
         a.maybe("maximize", one(True), 6)
-        a.maybe("max_grad_norm", one(1.0, 0.01, 100.0, 0.0, -1.0, NAN, INF), 6)
-        a.maybe("ema_decay", one(0.9, 0.0, 1.0, NAN), 8)
+        a.maybe("max_grad_norm", Option((1.0, 0.01, 100.0), (0.0, -1.0, NAN, INF)), 6)
+        a.maybe("ema_decay", Option((0.9, 0.0), (1.0, NAN)), 8)
         a.maybe("master_weights", one(True), 6)
         a.maybe("stochastic_rounding", one(True), 10)
         a.maybe("zero_grad", one(True), 8)
         a.maybe("foreach", one(True, False), 12)
         a.maybe("fused", one(True, False), 12)
         a.maybe("capturable", one(True), 12)
-        a.maybe("differentiable", one(True), 20)
+        if a.wrong(6):
+            a.found["differentiable"] = True
         return 1
 
 
