@@ -25,16 +25,17 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Of `torch.nn.LayerNorm` over one dimension."""
+    """Of `torch.nn.LayerNorm`."""
 
     has_backward = True
     can_torch_compile = True
     weight: Tensor | None
     bias: Tensor | None
     eps: float
+    normalized_shape: tuple[int, ...]
 
     def forward(self, input: Tensor) -> Tensor:
-        return layer_norm(input, self.weight, self.bias, self.eps)
+        return layer_norm(input, self.weight, self.bias, self.eps, normalized_shape=self.normalized_shape)
 
 
 class GeLU(nn.Module):

@@ -13,6 +13,8 @@ widen x to float32 and return float32.
 from __future__ import annotations
 
 import importlib
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -350,38 +352,120 @@ register(
 # --- public ---------------------------------------------------------------------------------------------------------
 
 
-def _check(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None, dropout_p: float
-) -> None:
-    size = x.shape[-1:]
-    # One expression for what is nearly always so: generation calls this thousands of times a second.
-    device = x.device
-    if (
-        (weight is None or (weight.shape == size and weight.device == device and weight.is_floating_point()))
-        and (bias is None or (bias.shape == size and bias.device == device and bias.is_floating_point()))
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _is_usual(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: Any,
+    residual: Tensor | None,
+    dropout_p: Any,
+    normalized_shape: Any,
+) -> bool:
+    """Whether the implementations take it as it is: one dimension, floating-point tensors that fit, Python's floats. One
+    expression, because generation asks thousands of times a second."""
+    if not isinstance(x, Tensor) or x.is_nested:
+        return False
+    size, device = x.shape[-1:], x.device
+    return (
+        (
+            weight is None
+            or (isinstance(weight, Tensor) and weight.shape == size and weight.device == device and weight.dtype in _FLOATS)
+        )
+        and (
+            bias is None
+            or (isinstance(bias, Tensor) and bias.shape == size and bias.device == device and bias.dtype in _FLOATS)
+        )
         and (
             residual is None
-            or (residual.shape == x.shape and residual.device == device and residual.is_floating_point())
+            or (isinstance(residual, Tensor)
+            and (residual.shape == x.shape and residual.device == device and residual.dtype in _FLOATS))
         )
-        and eps >= 0 and 0 <= dropout_p < 1 and x.is_floating_point() and size and size[0]
-    ):  # fmt: skip
-        return
-    if not x.is_floating_point():
-        raise TypeError(f"x: got dtype {x.dtype}, allowed are floating-point dtypes")
-    if not size or size[0] == 0:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, the last dimension must have at least one element")
-    for name, tensor, shape in (("weight", weight, size), ("bias", bias, size), ("residual", residual, x.shape)):
+        and (normalized_shape is None or tuple(normalized_shape) == size)
+        and type(eps) in (float, int) and type(dropout_p) in (float, int) and 0 <= dropout_p < 1
+        and x.dtype in _FLOATS and len(size) == 1 and size[0] != 0
+    )  # fmt: skip
+
+
+def _float(name: str, value: Any) -> Any:
+    """A number of any type, numpy's included."""
+    if isinstance(value, (int, float, torch.SymFloat)):
+        return value
+    try:
+        if not isinstance(value, (str, bytes)):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise TypeError(f"{name}: got {type(value).__name__}, allowed is float")
+
+
+def _check_tensors(x: Tensor, others: dict[str, Tensor | None], shape: tuple[int, ...]) -> None:
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"x: got dtype {x.dtype}, allowed are float16, bfloat16, float32 and float64")
+    if x.dim() == 0 or not shape:
+        what = "x" if x.dim() == 0 else next((name for name, t in others.items() if t is not None), "normalized_shape")
+        raise ValueError(f"{what}: got shape (), must have at least one dimension")
+    end = tuple(x.shape[-len(shape) :])
+    for name, tensor in others.items():
         if tensor is None:
             continue
-        if tensor.shape != shape:
-            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, x needs {tuple(shape)}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: got dtype {tensor.dtype}, allowed are floating-point dtypes")
+        needed = tuple(x.shape) if name == "residual" else end
+        if tuple(tensor.shape) != needed:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, x needs {needed}")
+        if tensor.dtype not in _FLOATS:
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, allowed are float16, bfloat16, float32 and float64")
         if tensor.device != x.device:
             raise ValueError(f"{name}: is on {tensor.device}, x is on {x.device}")
-    if not eps >= 0:
-        raise ValueError(f"eps: got {eps}, must be 0 or more")
-    raise ValueError(f"dropout_p: got {dropout_p}, must be at least 0 and below 1")
+    if shape != end:
+        raise ValueError(f"normalized_shape: got {shape}, the last dimensions of x are {end}")
+
+
+def _unusual(
+    rms: bool,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: Any,
+    residual: Tensor | None,
+    dropout_p: Any,
+    prenorm: bool,
+    unit_offset: bool,
+    normalized_shape: Any,
+    backend: str | None,
+) -> Any:
+    """Everything else that PyTorch takes, and the errors. Several dimensions are one, of their product."""
+    function: Any = choose("rms_norm" if rms else "layer_norm", x.device.type if isinstance(x, Tensor) else "cpu", backend)
+    others = {"weight": weight, "bias": bias, "residual": residual}
+    for name, tensor in (("x", x), *others.items()):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name == "x"):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, allowed are tensors")
+    if rms and eps is None:
+        eps = torch.finfo(torch.float64 if x.dtype in (torch.float64, torch.complex128) else torch.float32).eps
+    eps, dropout_p = _float("eps", eps), _float("dropout_p", dropout_p)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: got {dropout_p}, must be at least 0 and below 1")
+    if normalized_shape is not None:
+        shape = tuple(normalized_shape)
+    else:
+        like = weight if weight is not None else bias
+        shape = tuple(x.shape[-1:] if like is None else like.shape)
+    plain = residual is None and dropout_p == 0 and not (rms and bias is not None) and not unit_offset
+    odd_weight = rms and x.dtype in _FLOATS and weight is not None and not weight.is_floating_point()
+    if plain and (x.is_nested or (rms and x.is_complex()) or odd_weight):
+        y = F.rms_norm(x, shape, weight, eps) if rms else F.layer_norm(x, shape, weight, bias, eps)
+        return (y, x) if prenorm else y
+    _check_tensors(x, others, shape)
+    if math.prod(shape) == 0:  # no number to normalise
+        function = _rms_norm_torch if rms else _layer_norm_torch
+    flat = [None if t is None else t.flatten(-len(shape)) for t in (x, weight, bias, residual)]
+    x_flat, weight, bias, residual = flat
+    if rms:
+        made = function(x_flat, weight, eps, residual, dropout_p, prenorm, bias=bias, unit_offset=unit_offset)
+    else:
+        made = function(x_flat, weight, bias, eps, residual, dropout_p, prenorm)
+    return tuple(part.view(x.shape) for part in made) if prenorm else made.view(x.shape)
 
 
 def layer_norm(
@@ -393,50 +477,51 @@ def layer_norm(
     dropout_p: float = 0.0,
     prenorm: bool = False,
     *,
+    normalized_shape: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> Any:
     """y = LayerNorm(h) over the last dimension, h = dropout(x) + residual; with prenorm=True (y, h).
 
     x (..., hidden) and residual (of x's shape) of any floating dtype; weight and bias (hidden), of a dtype of their own. y
-    has the shape and dtype of x, h the dtype of the residual (of x without one). dropout_p is the probability to drop an
-    element of x; the random numbers come from a seed drawn from PyTorch's generator of the device, once a call.
-    Raises TypeError for integer input, ValueError for shapes and devices that do not match, a negative eps or a dropout_p
-    outside 0 <= p < 1.
+    has the shape and dtype of x, h the dtype of the residual (of x without one). The norm is over as many last dimensions as
+    weight, or bias, has: `normalized_shape` says so where there is neither. What `torch.nn.functional.layer_norm` takes is
+    taken, nested tensors, numbers of any type and dimensions of no element included, alike on every backend. dropout_p is the
+    probability to drop an element of x; the random numbers come from a seed drawn from PyTorch's generator of the device,
+    once a call.
+    Raises TypeError for integer input and what is no tensor or number, ValueError for shapes and devices that do not match or
+    a dropout_p outside 0 <= p < 1.
     """
-    _check(x, weight, bias, eps, residual, dropout_p)
+    if not _is_usual(x, weight, bias, eps, residual, dropout_p, normalized_shape):
+        return _unusual(False, x, weight, bias, eps, residual, dropout_p, prenorm, False, normalized_shape, backend)
     return choose("layer_norm", x.device.type, backend)(x, weight, bias, eps, residual, dropout_p, prenorm)
 
 
 def rms_norm(
     x: Tensor,
     weight: Tensor | None = None,
-    eps: float = 1e-6,
+    eps: float | None = 1e-6,
     residual: Tensor | None = None,
     dropout_p: float = 0.0,
     prenorm: bool = False,
     *,
     bias: Tensor | None = None,
     unit_offset: bool = False,
+    normalized_shape: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> Any:
     """y = RMSNorm(h) over the last dimension, h = dropout(x) + residual; with prenorm=True (y, h).
 
+    eps=None is the machine epsilon in which statistics are computed, as in torch: float32's, of float64 float64's.
     unit_offset multiplies by 1 + weight (Gemma), computed in float32. Everything else as in `layer_norm`.
     """
-    _check(x, weight, bias, eps, residual, dropout_p)
+    if not _is_usual(x, weight, bias, eps, residual, dropout_p, normalized_shape):
+        return _unusual(True, x, weight, bias, eps, residual, dropout_p, prenorm, unit_offset, normalized_shape, backend)
     function = choose("rms_norm", x.device.type, backend)
     return function(x, weight, eps, residual, dropout_p, prenorm, bias=bias, unit_offset=unit_offset)
 
 
-def _one_dimension(normalized_shape: int | list[int] | tuple[int, ...] | torch.Size) -> int:
-    sizes = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    if len(sizes) != 1:
-        raise ValueError(f"normalized_shape: got {sizes}, only the last dimension can be normalised")
-    return sizes[0]
-
-
 class LayerNorm(nn.LayerNorm):
-    """`torch.nn.LayerNorm` (same arguments, same state dict) over one dimension, computed by `layer_norm`."""
+    """`torch.nn.LayerNorm` (same arguments, same state dict), computed by `layer_norm`."""
 
     def __init__(
         self,
@@ -449,21 +534,22 @@ class LayerNorm(nn.LayerNorm):
         *,
         backend: str | None = None,
     ):
-        super().__init__(_one_dimension(normalized_shape), eps, elementwise_affine, bias, device, dtype)
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)  # type: ignore[arg-type]
         self.backend = backend
 
     def forward(  # type: ignore[override]  # torch's takes x alone
         self, input: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0, prenorm: bool = False
     ) -> Any:
         return layer_norm(
-            input, self.weight, self.bias, self.eps, residual, dropout_p, prenorm, backend=self.backend
+            input, self.weight, self.bias, self.eps, residual, dropout_p, prenorm,
+            normalized_shape=self.normalized_shape, backend=self.backend,
         )  # fmt: skip
 
 
 class RMSNorm(nn.RMSNorm):
-    """`torch.nn.RMSNorm` (same arguments, same state dict) over one dimension, computed by `rms_norm`.
+    """`torch.nn.RMSNorm` (same arguments, same state dict; eps is 1e-6 unless it is given), computed by `rms_norm`.
 
-    eps=None is the machine epsilon of x's dtype, as in torch. unit_offset multiplies by 1 + weight, and weight starts at 0.
+    unit_offset multiplies by 1 + weight, and weight starts at 0.
     """
 
     def __init__(
@@ -478,7 +564,7 @@ class RMSNorm(nn.RMSNorm):
         backend: str | None = None,
     ):
         self.unit_offset = unit_offset  # before torch's constructor, which calls reset_parameters
-        super().__init__(_one_dimension(normalized_shape), eps, elementwise_affine, device, dtype)
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)  # type: ignore[arg-type]
         self.backend = backend
 
     def reset_parameters(self) -> None:
@@ -488,9 +574,9 @@ class RMSNorm(nn.RMSNorm):
     def forward(  # type: ignore[override]  # torch's takes x alone
         self, x: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0, prenorm: bool = False
     ) -> Any:
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         return rms_norm(
-            x, self.weight, eps, residual, dropout_p, prenorm, unit_offset=self.unit_offset, backend=self.backend
+            x, self.weight, self.eps, residual, dropout_p, prenorm, unit_offset=self.unit_offset,
+            normalized_shape=self.normalized_shape, backend=self.backend,
         )  # fmt: skip
 
 

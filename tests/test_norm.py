@@ -1,16 +1,22 @@
 """layer_norm and rms_norm on every backend: PyTorch's path and the reference against float64; the Triton kernels, in the
 interpreter, are in test_norm_triton.py."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from wikigpt.kernels import LayerNorm, RMSNorm, layer_norm, rms_norm
+from wikigpt.kernels._dispatch import why_not_triton
 
 from tests.conftest import assert_as_accurate_as
 from tests.norm_cases import FUNCTIONS, Case, check, outputs
 from wikigpt import kernels
 
+interpreted = pytest.mark.skipif(why_not_triton("cpu") is not None, reason=str(why_not_triton("cpu")))
+BACKENDS = ["auto", "reference", "torch", pytest.param("triton", marks=interpreted)]
 SHAPES = [(1, 1), (3, 7), (2, 5, 40), (4, 257)]
 HALF = torch.bfloat16
 
@@ -154,11 +160,174 @@ def test_a_fresh_unit_offset_module_multiplies_by_one():
     torch.testing.assert_close(module(x), rms_norm(x))
 
 
-@pytest.mark.parametrize("module", [LayerNorm, RMSNorm])
-def test_the_modules_normalise_one_dimension(module):
-    assert module((8,))(torch.randn(2, 8)).shape == (2, 8)
-    with pytest.raises(ValueError, match=r"normalized_shape: got \(4, 8\), only the last dimension"):
-        module((4, 8))
+MODULES = [(LayerNorm, torch.nn.LayerNorm), (RMSNorm, torch.nn.RMSNorm)]
+SIZES = [8, (8,), [8], torch.Size([8]), (4, 8), [4, 8], (3, 4, 8), np.int64(8), 0, (4, 0)]
+CONSTRUCTIONS = [
+    *((size, {}) for size in SIZES),
+    *((size, {"elementwise_affine": False}) for size in SIZES),
+    ((4, 8), {"dtype": torch.float64}),
+    ((4, 8), {"bias": False}),
+    (8, {"bias": False, "dtype": torch.bfloat16}),
+    (8, {"device": "meta"}),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("size", "options"), CONSTRUCTIONS, ids=str)
+@pytest.mark.parametrize(("ours", "theirs"), MODULES)
+def test_the_modules_are_made_and_called_as_torchs(ours, theirs, size, options, backend):
+    if (theirs is torch.nn.RMSNorm and "bias" in options) or (backend == "triton" and "device" in options):
+        pytest.skip("RMSNorm has no bias, and Triton no meta tensors")
+    a, b = ours(size, eps=1e-5, **options, backend=backend), theirs(size, eps=1e-5, **options)
+    assert [(name, p.shape, p.dtype, p.device) for name, p in a.named_parameters()] == [
+        (name, p.shape, p.dtype, p.device) for name, p in b.named_parameters()
+    ]
+    x = torch.randn(2, 3, 4, *b.normalized_shape[-1:], dtype=options.get("dtype"), device=options.get("device"))
+    y, expected = a(x), b(x)
+    assert (y.shape, y.dtype, y.device) == (expected.shape, expected.dtype, expected.device)
+    if not y.is_meta:
+        torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(("ours", "theirs"), MODULES)
+def test_the_modules_refuse_what_torchs_refuse(ours, theirs, affine):
+    for size, shape in (((8,), (2, 7)), ((4, 8), (2, 4, 7)), ((4, 8), (8,)), ((), (2, 8)), ((8,), ())):
+        x = torch.randn(shape)
+        for module in (theirs, ours):
+            with pytest.raises((RuntimeError, ValueError, TypeError)):
+                module(size, elementwise_affine=affine)(x)
+
+
+# ---- what PyTorch's functions take ----
+
+TORCHS = {"layer_norm": lambda x, shape, w, b, eps: F.layer_norm(x, shape, w, b, eps),
+          "rms_norm": lambda x, shape, w, b, eps: F.rms_norm(x, shape, w, eps)}  # fmt: skip
+OURS = {"layer_norm": lambda x, shape, w, b, eps, **o: layer_norm(x, w, b, eps, normalized_shape=shape, **o),
+        "rms_norm": lambda x, shape, w, b, eps, **o: rms_norm(x, w, eps, normalized_shape=shape, **o)}  # fmt: skip
+EPS = [
+    1e-5,
+    0,
+    1,
+    -0.5,
+    math.nan,
+    math.inf,
+    np.float32(1e-5),
+    np.float64(1e-5),
+    torch.tensor(1e-5),
+    None,
+    "x",
+    1j,
+    torch.ones(2),
+]
+SHAPED = [  # x, normalized_shape
+    ((3,), (3,)), ((2, 3), (3,)), ((2, 3), (2, 3)), ((2, 3, 4), (3, 4)), ((2, 3, 4), (2, 3, 4)), ((2, 0), (0,)), ((0, 3), (3,)),
+    ((0, 0), (0,)), ((0,), (0,)), ((2, 3, 0), (3, 0)), ((2, 0, 3), (0, 3)), ((2, 0, 3), (3,)), ((), ()), ((2, 3), ()),
+    ((2, 3), (2,)), ((2, 3), (1,)), ((3, 4), (2, 3, 4)), ((2, 3, 4), (4, 3)),
+]  # fmt: skip
+KINDS = [
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float8_e4m3fn,
+    torch.int64,
+    torch.bool,
+    torch.complex64,
+]
+CALLS = [
+    *(((2, 3), (3,), torch.float32, None, eps) for eps in EPS),
+    *((*shapes, torch.float32, weight, 1e-5) for shapes in SHAPED for weight in (None, torch.float32)),
+    *(((2, 3), (3,), kind, weight, 1e-5) for kind in KINDS for weight in (None, kind)),
+    *(((2, 3), (3,), kind, weight, 1e-5) for kind in KINDS[:3] for weight in KINDS),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("call", CALLS, ids=str)
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_what_pytorchs_take_is_taken_and_what_they_refuse_is_refused(op, call, backend):
+    """But for dtypes of weights: x of any floating dtype goes with weights of any."""
+    shape, normalized_shape, dtype, weight_dtype, eps = call
+    x, w = torch.randn(shape).to(dtype), None if weight_dtype is None else torch.randn(normalized_shape).to(weight_dtype)
+    b = w if op == "layer_norm" else None
+    try:
+        expected = TORCHS[op](x, normalized_shape, w, b, eps)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        if weight_dtype != dtype and {dtype, weight_dtype} <= set(KINDS[:4]):
+            assert OURS[op](x, normalized_shape, w, b, eps, backend=backend).dtype == dtype
+            return
+        with pytest.raises((TypeError, ValueError), match=r"x: got|weight: got|normalized_shape: got|eps: got"):
+            OURS[op](x, normalized_shape, w, b, eps, backend=backend)
+        return
+    y = OURS[op](x, normalized_shape, w, b, eps, backend=backend)
+    wide = {torch.float64: 1e-12, torch.complex64: 1e-5}.get(dtype, 1e-5 if dtype == torch.float32 else 2e-2)
+    torch.testing.assert_close(y, expected, rtol=wide, atol=wide, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, HALF, torch.float16])
+def test_rms_norm_without_eps_is_pytorchs(dtype, backend):
+    """The epsilon of float32 for 16 bits too: that of the dtype would be 0.008 in bfloat16."""
+    x = (torch.randn(3, 12) * 1e-3).to(dtype)
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(rms_norm(x, None, None, backend=backend), F.rms_norm(x, (12,)), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        RMSNorm(12, eps=None, dtype=dtype, backend=backend)(x), F.rms_norm(x, (12,)), rtol=tolerance, atol=tolerance
+    )
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nested_tensors_are_pytorchs(backend, layout):
+    x = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(5, 8)], layout=layout)
+    w, b = torch.randn(2, 8)
+    y = layer_norm(x, w, b, backend=backend)
+    for mine, theirs in zip(y.unbind(), F.layer_norm(x, (8,), w, b).unbind()):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_several_dimensions_with_everything_on_are_one_of_their_product(op, backend):
+    x, residual, w = torch.randn(5, 3, 4), torch.randn(5, 3, 4), torch.randn(3, 4)
+    options = {"eps": 1e-3, "prenorm": True, "backend": backend}
+    y, h = FUNCTIONS[op](x, w, bias=w, residual=residual, **options)
+    flat = FUNCTIONS[op](x.flatten(1), w.flatten(), bias=w.flatten(), residual=residual.flatten(1), **options)
+    assert torch.equal(y.flatten(1), flat[0])
+    assert torch.equal(h.flatten(1), flat[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(4, 0), (0, 3), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_their_gradients_have_the_shapes_of_the_inputs(op, shape, backend):
+    x = torch.randn(5, *shape, requires_grad=True)
+    w, residual = torch.randn(shape, requires_grad=True), torch.randn(5, *shape, requires_grad=True)
+    y, h = FUNCTIONS[op](x, w, residual=residual, prenorm=True, backend=backend)
+    grads = torch.autograd.grad((y.sum() + h.sum()), (x, w, residual))
+    assert [g.shape for g in grads] == [x.shape, w.shape, residual.shape]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_changed_gradients_change_no_other_and_no_second_backward(op, backend):
+    """As gradient clipping by task does: the graph is kept, .grad is changed in place."""
+    x, residual, w = (
+        torch.randn(4, 8, requires_grad=True),
+        torch.randn(4, 8, requires_grad=True),
+        torch.randn(8, requires_grad=True),
+    )
+    y, h = FUNCTIONS[op](x, w, residual=residual, prenorm=True, backend=backend)
+    loss = y.square().sum() + h.sum()
+    first = [g.clone() for g in torch.autograd.grad(loss, (x, residual, w), retain_graph=True)]
+    loss.backward(retain_graph=True)
+    x.grad.data.fill_(7.0)
+    assert torch.equal(residual.grad, first[1])
+    for leaf in (residual, w):
+        leaf.grad.data.fill_(7.0)
+    again = torch.autograd.grad(loss, (x, residual, w))
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 
 @pytest.mark.parametrize("function", [layer_norm, rms_norm])
@@ -183,16 +352,23 @@ META = torch.ones(3, device="meta")
     ("call", "error", "message"),
     [
         (lambda: layer_norm(torch.ones(2, 3, dtype=torch.int64)), TypeError, "x: got dtype torch.int64"),
-        (lambda: layer_norm(torch.ones(2, 0)), ValueError, r"x: got shape \(2, 0\)"),
         (lambda: layer_norm(torch.ones(())), ValueError, r"x: got shape \(\)"),
         (lambda: layer_norm(torch.ones(2, 3), torch.ones(4)), ValueError, r"weight: got shape \(4,\), x needs \(3,\)"),
         (lambda: layer_norm(torch.ones(2, 3), None, torch.ones(1)), ValueError, r"bias: got shape \(1,\)"),
         (lambda: rms_norm(torch.ones(2, 3), bias=torch.ones(1)), ValueError, r"bias: got shape \(1,\)"),
-        (lambda: rms_norm(torch.ones(2, 3), torch.ones(3).int()), TypeError, "weight: got dtype torch.int32"),
+        (lambda: layer_norm(torch.ones(2, 3), torch.ones(3).int()), TypeError, "weight: got dtype torch.int32"),
+        (lambda: rms_norm(torch.ones(2, 3), None, bias=torch.ones(3).int()), TypeError, "bias: got dtype torch.int32"),
+        (lambda: layer_norm([1.0]), TypeError, "x: got list, allowed are tensors"),
+        (lambda: layer_norm(torch.ones(2, 3), [1.0]), TypeError, "weight: got list, allowed are tensors"),
+        (lambda: layer_norm(torch.ones(2, 3), torch.tensor(1.0)), ValueError, r"weight: got shape \(\), must have"),
+        (lambda: layer_norm(torch.ones(2, 3), torch.ones(3, 3)), ValueError, r"weight: got shape \(3, 3\), x needs \(2, 3\)"),
+        (lambda: layer_norm(torch.ones(2, 3), torch.ones(2, 3), torch.ones(3)), ValueError, r"bias: got shape \(3,\), x needs"),
+        (lambda: rms_norm(torch.ones(2, 3), normalized_shape=(2,)), ValueError, r"normalized_shape: got \(2,\), the last"),
         (lambda: rms_norm(torch.ones(2, 3), META), ValueError, "weight: is on meta, x is on cpu"),
         (lambda: rms_norm(torch.ones(2, 3), residual=META), ValueError, r"residual: got shape \(3,\), x needs \(2, 3\)"),
-        (lambda: rms_norm(torch.ones(2, 3), None, -1.0), ValueError, "eps: got -1.0"),
-        (lambda: rms_norm(torch.ones(2, 3), None, float("nan")), ValueError, "eps: got nan"),
+        (lambda: layer_norm(torch.ones(2, 3), eps=None), TypeError, "eps: got NoneType, allowed is float"),
+        (lambda: rms_norm(torch.ones(2, 3), None, "1e-5"), TypeError, "eps: got str, allowed is float"),
+        (lambda: layer_norm(torch.ones(2, 3), dropout_p=None), TypeError, "dropout_p: got NoneType"),
         (lambda: layer_norm(torch.ones(2, 3), dropout_p=1.0), ValueError, "dropout_p: got 1.0, must be at least 0 and below 1"),
         (lambda: layer_norm(torch.ones(2, 3), dropout_p=-0.1), ValueError, "dropout_p: got -0.1"),
     ],
