@@ -147,6 +147,8 @@ def _attention(
             inputs["s_aux"] = draw.normal(h)
         if "bias" in features:
             inputs["attn_bias"] = draw.normal(1, h, n_q, n_k, dtype=dtype)
+        if "padding" in features:  # queries that are padding, in a mask of transformers
+            inputs["attn_bias"][..., n_q // 2 :, :] = torch.finfo(dtype).min
         if "mask" in features:
             given["attn_mask"] = draw.normal(b, 1, n_q, n_k) > -0.5
             given["attn_mask"][..., n_q // 3 :, : n_k // 2] = False
@@ -192,20 +194,22 @@ def _sdpa(dtype: torch.dtype, mask: bool) -> Case:
 
 
 def _decode(
-    features: str, dtype: torch.dtype, b: int, context: int, n_new: int, h: int, g: int, d: int, **options: Any
-) -> Case:
+    features: str, dtype: torch.dtype, b: int, context: int, n_new: int, h: int, g: int, d: int, dv: int | None = None,
+    **options: Any,
+) -> Case:  # fmt: skip
     def build(draw: Draw) -> tuple[dict[str, Tensor], Callable[..., Any]]:
         room, page = draw.size(context, 64), 64 if draw.size(context, 64) % 256 else 256
-        cache = [draw.normal(b, room, g, d, dtype=dtype) for _ in range(2)]
+        widths = d, dv or d
+        cache = [draw.normal(b, room, g, width, dtype=dtype) for width in widths]
         used = draw.below(room - n_new, b, dtype=torch.int32)
         given: dict[str, Any] = dict(options)
         if "paged" in features:
             pages = b * room // page
             order = torch.randperm(pages, device=draw.device)
-            cache = [x.view(pages, page, g, d)[order].contiguous() for x in cache]
+            cache = [x.view(pages, page, g, -1)[order].contiguous() for x in cache]
             given["block_table"] = order.argsort().view(b, -1).int()
         q = draw.normal(b, n_new, h, d, dtype=dtype)
-        new = [draw.normal(b, n_new, g, d, dtype=dtype) for _ in range(2)]
+        new = [draw.normal(b, n_new, g, width, dtype=dtype) for width in widths]
         if "rotary" in features:
             cos, sin = rotary_cos_sin(torch.arange(room, device=draw.device), d)
             given |= {"rotary_cos": cos, "rotary_sin": sin}
@@ -222,7 +226,8 @@ def _decode(
         return {"q": q}, call
 
     words = [features, *(f"{k} {v}" for k, v in options.items())]
-    text = ", ".join([*filter(None, words), f"{b} x {context}, {n_new} new, {h}/{g} heads of {d}"])
+    shape = f"{b} x {context}, {n_new} new, {h}/{g} heads of {d}{'' if dv is None else f'/{dv}'}"
+    text = ", ".join([*filter(None, words), shape])
     return by_backend(text, dtype, build, backward=False)
 
 
@@ -427,11 +432,14 @@ CASES: dict[str, list[Case]] = {
         _attention(causal=True, s=1024, d=192, dv=128),
         _attention(causal=True, s=777, dtype=F32),
         _attention(causal=True, s=1, t=2000),
+        _attention(causal=True, s=1000, g=2, d=512),
+        _attention(causal=True, s=700, g=1, d=576, dv=512),
     ],
     "attention_features": [
         _attention("sinks", causal=True, window_size=(255, 0), g=2),
         _attention("alibi", causal=True, softcap=20.0),
         _attention("bias", s=1000),
+        _attention("bias with padding", s=1000),
         _attention("mask", s=1000),
         _attention("used keys", s=1000),
         _attention(causal=True, dropout_p=0.2, s=1000),
@@ -443,6 +451,7 @@ CASES: dict[str, list[Case]] = {
         _decode("", BF16, 1, 65536, 1, 32, 8, 128),
         _decode("", F32, 3, 777, 2, 4, 2, 64, window_size=(100, 0)),
         _decode("paged", BF16, 2, 2048, 33, 8, 1, 128, softcap=30.0),
+        _decode("paged", BF16, 4, 4096, 1, 32, 1, 576, 512),
     ],
     "norm": [
         *(_norm(op, BF16, rows, n) for op in (layer_norm, rms_norm) for rows, n in ((16384, 512), (4096, 4096), (1024, 16384))),

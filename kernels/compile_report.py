@@ -178,7 +178,13 @@ def _widest(ptx: str, access: str) -> str:
 Cases = dict[str, Callable[[], object]]
 
 
-def _attention_case(dtype: torch.dtype, head_dim: int, causal: bool, heads: int = 8, **options: Any) -> Callable[[], object]:
+# head_dim of q, k and of v, by the name of their case; 576/512 as in multi-head latent attention.
+_HEAD_DIMS = {"64": (64, 64), "128": (128, 128), "256": (256, 256), "576/512": (576, 512)}
+
+
+def _attention_case(
+    dtype: torch.dtype, dims: tuple[int, int], causal: bool, heads: int = 8, **options: Any
+) -> Callable[[], object]:
     def launch() -> None:
         from .attention.backward import backward
         from .attention.forward import forward
@@ -186,10 +192,9 @@ def _attention_case(dtype: torch.dtype, head_dim: int, causal: bool, heads: int 
 
         packed = "cu_seqlens_q" in options
         shape = (4096,) if packed else (2, 2048)
-        q = torch.empty(*shape, heads, head_dim, dtype=dtype, device="meta")
-        k = torch.empty(*shape, 2, head_dim, dtype=dtype, device="meta")
+        q, k, v = (_meta(*shape, n, width, dtype=dtype) for n, width in ((heads, dims[0]), (2, dims[0]), (2, dims[1])))
         given = {name: value(dtype) if callable(value) else value for name, value in options.items()}
-        x = Inputs(q, k, k, softmax_scale=0.125, window_right=0 if causal else -1, **given)
+        x = Inputs(q, k, v, softmax_scale=0.125, window_right=0 if causal else -1, **given)
         out, lse = forward(x)
         backward(x, out, lse, out, None, x.bias is not None)
 
@@ -199,9 +204,9 @@ def _attention_case(dtype: torch.dtype, head_dim: int, causal: bool, heads: int 
 def _attention() -> Cases:
     """Every row of the table of block sizes."""
     return {
-        f"{str(dtype)[6:]} {head_dim} {'causal' if causal else 'full'}": _attention_case(dtype, head_dim, causal)
+        f"{str(dtype)[6:]} {name} {'causal' if causal else 'full'}": _attention_case(dtype, dims, causal)
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
-        for head_dim in (64, 128, 256)
+        for name, dims in _HEAD_DIMS.items()
         for causal in (True, False)
     }
 
@@ -227,25 +232,26 @@ def _attention_features() -> Cases:
     names = ("dropout", "bias", "mask", "softcap", "alibi", "window", "sink", "used")
     features["everything"] = {option: value for name in names for option, value in features[name].items()}
     return {
-        f"{str(dtype)[6:]} {head_dim} {name}": _attention_case(dtype, head_dim, True, **options)
+        f"{str(dtype)[6:]} {width} {name}": _attention_case(dtype, dims, True, **options)
         for name, options in features.items()
         for dtype in (torch.bfloat16, torch.float32)
-        for head_dim in (64, 128, 256)
+        for width, dims in _HEAD_DIMS.items()
     }
 
 
-def _decode_case(dtype: torch.dtype, head_dim: int, paged: bool) -> Callable[[], object]:
+def _decode_case(dtype: torch.dtype, dims: tuple[int, int], paged: bool) -> Callable[[], object]:
     def launch() -> None:
         from .attention.decode import forward
         from .attention.kvcache import CacheInputs
 
-        q, new = _meta(4, 1, 8, head_dim, dtype=dtype), _meta(4, 1, 2, head_dim, dtype=dtype)
-        cache = _meta(64, 256, 2, head_dim, dtype=dtype) if paged else _meta(4, 4096, 2, head_dim, dtype=dtype)
+        q = _meta(4, 1, 8, dims[0], dtype=dtype)
+        k, v = (_meta(4, 1, 2, width, dtype=dtype) for width in dims)
+        k_cache, v_cache = (_meta(*((64, 256) if paged else (4, 4096)), 2, width, dtype=dtype) for width in dims)
         lengths, table = _meta(4, dtype=torch.int32), _meta(4, 16, dtype=torch.int32) if paged else None
-        angles = _meta(4096, head_dim // 2, dtype=dtype)
+        angles = _meta(4096, dims[0] // 2, dtype=dtype)
         forward(
             CacheInputs(
-                q, cache, cache, new, new, angles, angles, lengths, None, None, table, None, None, seqlen=None,
+                q, k_cache, v_cache, k, v, angles, angles, lengths, None, None, table, None, None, seqlen=None,
                 softmax_scale=0.125, window_left=-1, window_right=0, softcap=0.0, rotary_interleaved=False, num_splits=8,
             )
         )  # fmt: skip
@@ -256,9 +262,9 @@ def _decode_case(dtype: torch.dtype, head_dim: int, paged: bool) -> Callable[[],
 def _attention_decode() -> Cases:
     """One new token for each sequence of a cache: append, attend in splits, combine."""
     return {
-        f"{str(dtype)[6:]} {head_dim} {'paged' if paged else 'dense'}": _decode_case(dtype, head_dim, paged)
+        f"{str(dtype)[6:]} {name} {'paged' if paged else 'dense'}": _decode_case(dtype, dims, paged)
         for dtype in (torch.bfloat16, torch.float32)
-        for head_dim in (64, 128, 256)
+        for name, dims in _HEAD_DIMS.items()
         for paged in (False, True)
     }
 
@@ -440,7 +446,7 @@ CHECKED: dict[str, dict[int, str]] = {
     "attention": {
         80: "(bfloat16|float32) .* causal",
         86: "bfloat16 .* causal",
-        89: "^float16 .* causal",
+        89: "^float16 \\d+ causal",
         90: "bfloat16 (.* causal|128 full)",
         100: "bfloat16 .* causal",
         120: "bfloat16 .* causal",
@@ -451,7 +457,7 @@ CHECKED: dict[str, dict[int, str]] = {
         90: "bfloat16 128 (everything|packed)",
         100: "bfloat16 128 (everything|packed)",
     },
-    "attention_decode": dict.fromkeys((80, 90, 100), "bfloat16 128|float32 64 dense"),
+    "attention_decode": dict.fromkeys((80, 90, 100), "bfloat16 (128|576/512 paged)|float32 64 dense"),
     # Rows in parts, one row a program with and without padding; on two architectures also many rows a program and the rest.
     "norm": dict.fromkeys((80, 86, 120), "layer_norm bfloat16 (5120|65536) everything|rms_norm bfloat16 16384 plain")
     | dict.fromkeys(
@@ -486,6 +492,8 @@ EXCEPTIONS = {
     Spill("_dkdv", 90, "float16 256"): "the sums of dK and dV alone are 128 registers a thread; without wgmma it would fit",
     Spill("_dkdv", 100, "float16 256"): "the sums of dK and dV pass through 128 registers each; without tcgen05 it would fit",
 }
+_ADDRESSES = "some of the addresses of two products in parts, whatever the tile"
+EXCEPTIONS |= {Spill(kernel, 120, "bfloat16 576/512"): _ADDRESSES for kernel in ("_dq", "_dkdv")}
 _WORDS = "dropout's words beside a row, its sums and its gradient: a few values for each row, which L1 holds"
 EXCEPTIONS |= {
     **{Spill("_backward", arch, "norm bfloat16 5120 everything"): _WORDS for arch in (80, 90, 100, 120)},

@@ -6,14 +6,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from wikigpt.kernels import flash_attn_func, flash_attn_varlen_func, varlen_attn
+from wikigpt.kernels import (
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+    scaled_dot_product_attention,
+    varlen_attn,
+)
 from wikigpt.kernels._launch import GRID_X, grid_x
 from wikigpt.kernels.attention import backward, config, forward, tile
 from wikigpt.kernels.attention.config import Row, Rows
 from wikigpt.kernels.attention.op import attention
-from wikigpt.kernels.attention.reference import Inputs
+from wikigpt.kernels.attention.reference import MAX_HEAD_DIM, Inputs
 
-from tests.attention_cases import Case, build, check_problem, outputs
+from tests.attention_cases import Case, build, check, check_problem, outputs
+from tests.conftest import assert_as_accurate_as
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 BACKENDS = [pytest.param("triton", marks=interpreted), "cpu", "reference"]
@@ -320,10 +327,109 @@ def test_a_sink_takes_part_in_rows_far_from_zero(backend, value, sink):
     check_problem(replace(x, s_aux=torch.full_like(x.s_aux, sink)), backend)
 
 
-@interpreted
-def test_a_row_of_the_lowest_number_takes_the_mean_of_its_values():
-    q, v = torch.randn(1, 3, 1, 16), torch.randn(1, 5, 1, 16, requires_grad=True)
-    bias = torch.full((3, 5), torch.finfo(torch.float32).min)
-    out, lse, _ = flash_attn_func(q, v, v, attn_bias=bias, return_attn_probs=True, backend="triton")
-    torch.testing.assert_close(out, v.mean(1, keepdim=True).expand(out.shape))
+@pytest.mark.parametrize("value", [-1e4, -1e9, "min", 1e9], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_the_mask_of_scaled_dot_product_attention_may_put_rows_any_distance_from_zero(backend, value):
+    """On the CPU PyTorch's fused kernel computes it otherwise, whose gradient is wrong for such rows."""
+    mask = torch.randn(1, 1, 8, 20)
+    mask[..., 3:6, :] = torch.finfo(torch.float32).min if value == "min" else value
+    numbers = [torch.randn(1, 2, n, 16) for n in (8, 20, 20)]
+
+    def gradients(backend, dtype):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in numbers]
+        out = scaled_dot_product_attention(*leaves, mask.to(dtype), backend=backend)
+        return torch.autograd.grad(out.square().sum(), leaves)
+
+    results = [gradients(*of) for of in ((backend, torch.float32), ("reference", torch.float32), ("reference", torch.float64))]
+    for ours, plain, truth in zip(*results):
+        assert_as_accurate_as(ours, plain, truth, absolute=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_a_row_of_the_lowest_number_takes_the_mean_of_its_values(backend, dtype):
+    q, v = torch.randn(1, 3, 1, 16), torch.randn(1, 5, 1, 16)
+    bias = torch.full((3, 5), torch.finfo(dtype).min, dtype=dtype)
+    bias[1, 2:] = -math.inf
+    out, lse, _ = flash_attn_func(q, v, v, attn_bias=bias, return_attn_probs=True, backend=backend)
+    torch.testing.assert_close(out[0, :, 0], torch.stack([v[0, :n, 0].mean(0) for n in (5, 2, 5)]))
     assert (lse == torch.finfo(torch.float32).min).all()
+
+
+# --- head_dim above 256 ---------------------------------------------------------------------------------------------
+
+WIDE = [(264, 264), (320, 320), (512, 512), (576, 512), (64, 320), (320, 24)]
+
+
+def wide_calls(d, dv, dtype):
+    """Each public function as call(backend, dtype), on the same numbers."""
+    rng = torch.Generator().manual_seed(d + dv)
+    q, k, v = (torch.randn(2, n, h, w, generator=rng).to(dtype) for n, h, w in ((3, 2, d), (20, 1, d), (20, 1, dv)))
+    ends = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([0, 20], dtype=torch.int32)
+    pages = torch.tensor([[0, 2], [3, 1]], dtype=torch.int32)
+
+    def to(dtype, *tensors):
+        return [tensor.to(dtype) for tensor in tensors]
+
+    def first(*tensors):
+        return [tensor.transpose(1, 2) for tensor in tensors]
+
+    def cached(backend, dtype):
+        new_q, cache_k, cache_v = to(dtype, q, k.reshape(4, 10, 1, d), v.reshape(4, 10, 1, dv))
+        lengths = torch.tensor([17, 9], dtype=torch.int32)
+        return flash_attn_with_kvcache(
+            new_q, cache_k, cache_v, cache_seqlens=lengths, block_table=pages, causal=True, num_splits=2, backend=backend
+        )
+
+    return {
+        "flash_attn_func": lambda backend, dtype: flash_attn_func(*to(dtype, q, k, v), causal=True, backend=backend),
+        "scaled_dot_product_attention": lambda backend, dtype: scaled_dot_product_attention(
+            *first(*to(dtype, q, k, v)), enable_gqa=True, backend=backend
+        ),
+        "flash_attn_varlen_func": lambda backend, dtype: flash_attn_varlen_func(
+            *to(dtype, q[0], k[0], v[0]), *ends, 3, 20, window_size=(9, 0), backend=backend
+        ),
+        "flash_attn_with_kvcache": cached,
+    }
+
+
+@pytest.mark.parametrize("function", wide_calls(1, 1, torch.float32))
+@pytest.mark.parametrize("dims", [*WIDE[:4], (MAX_HEAD_DIM, MAX_HEAD_DIM)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_head_dims_above_256_are_computed_by_every_function(backend, dims, function):
+    dtype = torch.float32 if dims[0] == 512 else torch.bfloat16
+    call = wide_calls(*dims, dtype)[function]
+    truth, plain = call("reference", torch.float64), call("reference", dtype)
+    assert_as_accurate_as(call(backend, dtype), plain, truth, absolute=torch.finfo(dtype).eps / 4)
+
+
+@pytest.mark.parametrize(
+    "features", [("causal",), ("bias", "sinks", "dropout"), ("varlen", "alibi"), ("mask", "softcap")], ids=str
+)
+@pytest.mark.parametrize("dims", WIDE, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_gradients_at_head_dims_above_256_are_as_accurate_as_plain_pytorch(backend, dims, features):
+    dtype = torch.float32 if dims[0] == 512 else torch.bfloat16
+    check(Case(features, dtype, 1, 12, 20, 2, 1, *dims), backend)
+
+
+@interpreted
+def test_rows_of_any_width_may_lie_any_distance_apart(far):
+    near = [torch.randn(1, n, 1, 264).bfloat16() for n in (3, 4, 4, 3)]
+
+    def run(q, k, v, grad):
+        x = Inputs(q, k, v, softmax_scale=0.06)
+        out, lse = forward.forward(x)
+        return [out, lse, *backward.backward(x, out, lse, grad, None, False)[:3]]
+
+    expected = run(*near)
+    for moved in range(4):
+        tensors = [far(tensor, 2**30) if i == moved else tensor for i, tensor in enumerate(near)]
+        assert all(torch.equal(got, wanted) for got, wanted in zip(run(*tensors), expected))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_a_head_dim_above_the_limit_is_refused(name):
+    tensors = {key: torch.randn(1, 2, 1, MAX_HEAD_DIM + (key == name or (name != "v" and key == "k"))) for key in "qkv"}
+    with pytest.raises(ValueError, match=f"head_dim .*{MAX_HEAD_DIM}"):
+        flash_attn_func(**tensors)

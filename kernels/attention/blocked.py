@@ -75,7 +75,10 @@ def _scores(x: Inputs, q: Tensor, k: Tensor, rows: slice, keys: slice) -> tuple[
     if x.alibi_slopes is not None:
         scores = scores - x.alibi_slopes.to(q.dtype)[:, None, None] * (i[:, None] + diagonal - j).abs()
     if x.bias is not None:
-        scores = scores + _part(x.bias[0], rows, keys).to(q.dtype)
+        bias = _part(x.bias[0], rows, keys)
+        if bias.dtype.itemsize > q.dtype.itemsize:  # float64's lowest number is not -inf in float32 either
+            bias = bias.clamp(min=torch.finfo(q.dtype).min).where(bias != -math.inf, bias)
+        scores = scores + bias.to(q.dtype)
     seen = visible(len(i), len(j), x.window_left, x.window_right, diagonal - keys.start, q.device, rows.start)
     if x.mask is not None:
         seen = seen & _part(x.mask[0], rows, keys)

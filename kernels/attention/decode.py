@@ -462,9 +462,10 @@ def config(arch: int, head_dim: int, dtype: torch.dtype, n_rows: int, paged: boo
     if arch == 0:  # the interpreter: small tiles, so that tests cross their borders
         return {"BLOCK_M": min(32, padded(n_rows)), "BLOCK_N": 16, "num_warps": 1, "num_stages": 1}
     wide, row = dtype == torch.float32, padded(head_dim) * dtype.itemsize
-    if head_dim > 256:  # 16 keys, and of the queries as many as leave room for a whole row of the output
-        block_m = 32 if n_rows > 16 and not wide and head_dim <= 576 else 16
-        stages = 1 if row > 2048 else 2 if block_m == 32 else 3
+    if head_dim > 256:  # 16 keys a block, and queries as many as leave room for whole rows of the output
+        small = head_dim * dtype.itemsize <= 1152  # to 576 in 16 bits
+        block_m = 32 if small and n_rows > 16 else 16
+        stages = (2 if block_m == 32 else 3) if small else 1
         return {"BLOCK_M": block_m, "BLOCK_N": 16, "num_warps": block_m // 4, "num_stages": stages}
     block_m = 16 if wide else min(64 if head_dim <= 128 else 32, padded(n_rows))
     block_n = max(16, min(128, (8192 if wide or block_m == 64 else 16384) // row))

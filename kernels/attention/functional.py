@@ -275,6 +275,15 @@ def _ours(backend: str) -> Any:
     return function
 
 
+def _has_rows_far_from_zero(mask: Tensor) -> bool:
+    """Whether an additive mask lifts or lowers a whole row (finfo.min, for a query that is padding). PyTorch's fused backward,
+    exp(s - lse), takes 1 for each weight of such a row, as lse has no digits left for the logarithm of its sum."""
+    if mask.numel() == 0 or torch.compiler.is_compiling() or not readable(mask):
+        return mask.numel() > 0
+    top = mask.detach().amax(-1)
+    return bool((top.isfinite() & (top.abs() > 1e3)).any())
+
+
 def _cpu(
     query: Tensor,
     key: Tensor,
@@ -287,8 +296,11 @@ def _cpu(
 ) -> Tensor:
     # PyTorch's fused attention for the CPU has neither dropout nor the gradient of a mask: there it builds the S x T matrix.
     # A scale of 0 makes NaN of its masked scores.
-    mask_grad = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
-    function = _ours("cpu") if dropout_p > 0.0 or mask_grad or scale == 0 else _torch
+    ours = dropout_p > 0.0 or scale == 0
+    if attn_mask is not None and attn_mask.dtype != torch.bool and torch.is_grad_enabled() and not ours:
+        grad = query.requires_grad or key.requires_grad or value.requires_grad
+        ours = attn_mask.requires_grad or (grad and _has_rows_far_from_zero(attn_mask))
+    function = _ours("cpu") if ours else _torch
     return function(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 

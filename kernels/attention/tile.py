@@ -175,7 +175,11 @@ def modified_scores(
     if slope is not None:
         qk -= slope * tl.abs(i + diagonal - j).to(tl.float32)
     if Bias is not None:
-        qk += tl.load(Bias + i.to(tl.int64) * stride_bias_s + j * stride_bias_t, mask=inside, other=0.0).to(tl.float32)
+        bias = tl.load(Bias + i.to(tl.int64) * stride_bias_s + j * stride_bias_t, mask=inside, other=0.0)
+        if Bias.dtype.element_ty == tl.float64:  # its lowest number is not -inf in float32 either
+            lowest = -3.4028234663852886e38
+            bias = tl.where(bias == float("-inf"), bias, tl.maximum(bias, lowest))
+        qk += bias.to(tl.float32)
     return qk, derivative
 
 
