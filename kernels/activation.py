@@ -25,6 +25,7 @@ from ._autograd import register_autograd, register_vmap
 from ._dispatch import (
     NAMESPACE,
     Implementation,
+    as_float,
     choose,
     forced_backend,
     has_tangent,
@@ -183,6 +184,10 @@ def _triton(
     return _call_activation(gate, up, gate_bias, up_bias, seed, activation, packed, dropout_p)
 
 
+def _gelu_reference(x: Tensor, approximate: str = "none") -> Tensor:
+    return gelu_reference(x if x.dtype == torch.float64 else x.float(), approximate).to(x.dtype)
+
+
 def _gelu_torch(x: Tensor, approximate: str = "none") -> Tensor:
     return F.gelu(x, approximate=approximate)
 
@@ -269,7 +274,7 @@ def _reference(
     return activation_reference(gate, up, gate_bias, up_bias, seed, activation, packed, dropout_p)
 
 
-register("gelu", Implementation("torch", _gelu_torch), Implementation("reference", gelu_reference))
+register("gelu", Implementation("torch", _gelu_torch), Implementation("reference", _gelu_reference))
 for _op in ("bias_gelu", "swiglu", "geglu"):
     register(
         _op,
@@ -287,6 +292,8 @@ def _check_approximate(approximate: str) -> None:
 
 
 def _check_float(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, allowed are tensors")
     if not tensor.is_floating_point() or tensor.element_size() == 1:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, allowed are float16, bfloat16, float32 and float64")
 
@@ -301,9 +308,11 @@ def _check_bias(name: str, bias: Tensor | None, x: Tensor, features: int) -> Non
         raise ValueError(f"{name}: is on {bias.device}, the input on {x.device}")
 
 
-def _check_dropout(dropout_p: float) -> None:
+def _check_dropout(dropout_p: float) -> float:
+    dropout_p = as_float("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: got {dropout_p}, must be at least 0 and below 1")
+    return dropout_p
 
 
 def _choose(op: str, x: Tensor, backend: str | None, *biases: Tensor | None):  # type: ignore[no-untyped-def]
@@ -334,6 +343,8 @@ def _gated(
         if features % 2:
             raise ValueError(f"gate: got {features} features without up; gate and up side by side are an even number")
         features //= 2
+    elif not isinstance(up, Tensor):
+        raise TypeError(f"up: got {type(up).__name__}, allowed are tensors")
     elif gate.shape != up.shape:
         raise ValueError(f"up: got shape {tuple(up.shape)}, gate has {tuple(gate.shape)}")
     elif gate.dtype != up.dtype:
@@ -342,14 +353,16 @@ def _gated(
         raise ValueError(f"up: is on {up.device}, gate on {gate.device}")
     _check_bias("gate_bias", gate_bias, gate, features)
     _check_bias("up_bias", up_bias, gate, features)
-    _check_dropout(dropout_p)
+    dropout_p = _check_dropout(dropout_p)
     function = _choose(op, gate, backend, gate_bias, up_bias)
     return function(gate, up, gate_bias, up_bias, activation, up is None, dropout_p)
 
 
 def gelu(x: Tensor, approximate: str = "none", *, backend: str | None = None) -> Tensor:
-    """GELU of x, any shape. approximate: "none" (erf) or "tanh". Raises ValueError for another."""
+    """GELU of x, any shape. approximate: "none" (erf) or "tanh". Raises ValueError for another, TypeError for other dtypes than
+    float16, bfloat16, float32 and float64."""
     _check_approximate(approximate)
+    _check_float("x", x)
     return choose("gelu", x.device.type, backend)(x, approximate)
 
 
@@ -372,7 +385,7 @@ def bias_gelu(
     if x.dim() == 0:
         raise ValueError("x: got a scalar, need a last dimension of features")
     _check_bias("bias", bias, x, x.shape[-1])
-    _check_dropout(dropout_p)
+    dropout_p = _check_dropout(dropout_p)
     function = _choose("bias_gelu", x, backend, bias)
     return function(x, None, bias, None, "gelu_tanh" if approximate == "tanh" else "gelu", False, dropout_p)
 

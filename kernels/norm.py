@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._autograd import register_autograd, register_vmap
-from ._dispatch import NAMESPACE, Implementation, choose, refuse_forward_mode, register, why_not_triton
+from ._dispatch import NAMESPACE, Implementation, as_float, choose, refuse_forward_mode, register, why_not_triton
 from .attention.op import seed_for
 from .attention.reference import keep_mask
 
@@ -389,18 +389,6 @@ def _is_usual(
     )  # fmt: skip
 
 
-def _float(name: str, value: Any) -> Any:
-    """A number of any type, numpy's included."""
-    if isinstance(value, (int, float, torch.SymFloat)):
-        return value
-    try:
-        if not isinstance(value, (str, bytes)):
-            return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        pass
-    raise TypeError(f"{name}: got {type(value).__name__}, allowed is float")
-
-
 def _check_tensors(x: Tensor, others: dict[str, Tensor | None], shape: tuple[int, ...]) -> None:
     if x.dtype not in _FLOATS:
         raise TypeError(f"x: got dtype {x.dtype}, allowed are float16, bfloat16, float32 and float64")
@@ -443,7 +431,7 @@ def _unusual(
             raise TypeError(f"{name}: got {type(tensor).__name__}, allowed are tensors")
     if rms and eps is None:
         eps = torch.finfo(torch.float64 if x.dtype in (torch.float64, torch.complex128) else torch.float32).eps
-    eps, dropout_p = _float("eps", eps), _float("dropout_p", dropout_p)
+    eps, dropout_p = as_float("eps", eps), as_float("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: got {dropout_p}, must be at least 0 and below 1")
     if normalized_shape is not None:

@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reas
 
 BACKENDS = ["auto", "reference", "torch", pytest.param("triton", marks=interpreted)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+FP8 = torch.float8_e4m3fn
 ACTIVATIONS = {
     "gelu": lambda x: F.gelu(x),
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -247,6 +249,51 @@ def test_bad_arguments_are_named():
         swiglu(x, x.to("meta"))
     with pytest.raises(ValueError, match=r"dropout_p: got 1.0, must be at least 0 and below 1"):
         bias_gelu(x, dropout_p=1.0)
+
+
+@pytest.mark.parametrize("function", [gelu, bias_gelu, swiglu, geglu])
+@pytest.mark.parametrize(
+    "wrong", [1.0, [1.0], np.ones(4), *(torch.ones(4).to(d) for d in (torch.int32, torch.bool, torch.complex64, FP8))], ids=str
+)
+def test_what_is_no_tensor_of_floats_is_named(function, wrong):
+    with pytest.raises(TypeError, match=r"(x|gate): got (dtype|float|list|ndarray)"):
+        function(wrong)
+
+
+def test_an_up_or_a_bias_that_is_no_tensor_is_named():
+    x = torch.ones(2, 4)
+    with pytest.raises(TypeError, match="up: got list, allowed are tensors"):
+        swiglu(x, [1.0])
+    with pytest.raises(TypeError, match="bias: got list, allowed are tensors"):
+        bias_gelu(x, [1.0])
+
+
+CALLS = {
+    "bias_gelu": lambda x, **o: bias_gelu(x, **o),
+    "swiglu": lambda x, **o: swiglu(x, **o),
+    "geglu": lambda x, **o: geglu(x, x, **o),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("call", CALLS)
+def test_dropout_p_may_be_a_number_of_any_type(call, backend):
+    x, seen = random(3, 8), []
+    for p in (0.25, np.float32(0.25), np.float64(0.25), np.array(0.25), torch.tensor(0.25)):
+        torch.manual_seed(0)
+        seen.append(CALLS[call](x, dropout_p=p, backend=backend))
+    assert all(torch.equal(y, seen[0]) for y in seen)
+    for wrong in (None, "0.25", [0.25], 1j):
+        with pytest.raises(TypeError, match=f"dropout_p: got {type(wrong).__name__}, allowed is float"):
+            CALLS[call](x, dropout_p=wrong, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_the_reference_of_gelu_rounds_once(approximate, dtype):
+    x = random(1000, dtype=dtype, scale=3.0)
+    truth = F.gelu(x.double(), approximate=approximate)
+    assert_as_accurate_as(gelu(x, approximate, backend="reference"), truth.to(dtype), truth)
 
 
 def test_the_reference_is_the_formula_in_float64():
