@@ -609,7 +609,7 @@ BAD = [
     ({"k_cache": r(2, 60, 2, 16, dtype=torch.float16)}, "k_cache: got dtype torch.float16, q has torch.float32"),
     ({"k_cache": r(2, 60, 16, 2).transpose(2, 3)}, "k_cache: got stride 2 in the last dimension, need 1"),
     ({"v_cache": r(2, 50, 2, 16)}, r"v_cache: got shape \(2, 50, 2, 16\), k_cache has"),
-    ({"v_cache": r(2, 60, 2, 300)}, "v_cache: got head_dim 300, allowed are 1 to 256"),
+    ({"v_cache": r(2, 60, 2, 1100)}, "v_cache: got head_dim 1100, allowed are 1 to 1024"),
     ({"k": None}, "k: got None with v"),
     ({"v": None}, "v: got None with k"),
     ({"k": r(2, 1, 4, 16)}, r"k: got shape \(2, 1, 4, 16\), need \(2, 1, 2, 16\)"),

@@ -317,7 +317,8 @@ def two_tensors() -> Tensor:
 
 FOREIGN = {
     "float64": lambda: ([torch.randn(1, 2, 5, 8, dtype=torch.float64)] * 3, {}),
-    "head_dim above 256": lambda: ([torch.randn(1, 1, 5, 264)] * 3, {}),
+    "head_dim above 1024": lambda: ([torch.randn(1, 1, 5, 1032)] * 3, {}),
+    "head_dim 0": lambda: ([torch.randn(1, 2, 5, 0)] * 3, {}),
     "two dimensions": lambda: ([torch.randn(5, 8)] * 3, {}),
     "broadcast batch": lambda: ([torch.randn(2, 2, 5, 8), *[torch.randn(1, 2, 5, 8)] * 2], {}),
     "mask and is_causal": lambda: ([torch.randn(1, 2, 5, 8)] * 3, {"attn_mask": boolean(5, 5), "is_causal": True}),

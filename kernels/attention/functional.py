@@ -34,16 +34,20 @@ def has_functions(tensor: Tensor) -> bool:
     return tensor.is_nested or not (inherited or function is torch._C._disabled_torch_function_impl)
 
 
-def check_tensors(needed: dict[str, Tensor | None], **optional: Tensor | None) -> None:
-    """TypeError for what is missing, no tensor, or one whose memory need not hold its numbers."""
-    for name, tensor in (needed | optional).items():
-        if (type(tensor) is Tensor and not tensor.is_nested) or (tensor is None and name in optional):
+def check_tensors(names: str, needed: tuple[Tensor, ...], optional: tuple[Tensor | None, ...] = ()) -> None:
+    """TypeError for what is missing, no tensor, or one whose memory need not hold its numbers. `names` of both, in order."""
+    for i, tensor in enumerate((*needed, *optional)):
+        if tensor is None and i >= len(needed):
+            continue
+        if type(tensor) is Tensor and not tensor.is_nested:
             continue
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: got {type(tensor).__name__}, need a tensor")
+            raise TypeError(f"{names.split()[i]}: got {type(tensor).__name__}, need a tensor")
         if has_functions(tensor):
             kind = "nested tensor" if tensor.is_nested else type(tensor).__name__
-            raise TypeError(f"{name}: got a {kind}, need a dense tensor without torch functions of its own: convert it first")
+            raise TypeError(
+                f"{names.split()[i]}: got a {kind}, need a dense tensor without torch functions of its own: convert it first"
+            )
 
 
 def check(x: Inputs) -> Inputs:
@@ -53,15 +57,16 @@ def check(x: Inputs) -> Inputs:
     """
     rank = 4 if x.cu_seqlens_q is None else 3
     layout = "(batch, positions, heads, head_dim)" if rank == 4 else "(tokens, heads, head_dim)"
+    dtype, device = x.q.dtype, x.q.device
+    if dtype not in _FLOATS:
+        raise TypeError(f"q: got dtype {dtype}, allowed are float16, bfloat16, float32 and float64")
     for name, tensor in (("q", x.q), ("k", x.k), ("v", x.v)):
         if tensor.dim() != rank:
             raise ValueError(f"{name}: got {tensor.dim()} dimensions, need {rank}: {layout}")
-        if not tensor.is_floating_point() or tensor.element_size() == 1:
-            raise TypeError(f"{name}: got dtype {tensor.dtype}, allowed are float16, bfloat16, float32 and float64")
-        if tensor.dtype != x.q.dtype:
-            raise TypeError(f"{name}: got dtype {tensor.dtype}, q has {x.q.dtype}")
-        if tensor.device != x.q.device:
-            raise ValueError(f"{name}: got device {tensor.device}, q is on {x.q.device}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, q has {dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: got device {tensor.device}, q is on {device}")
         if not 0 < tensor.shape[-1] <= MAX_HEAD_DIM:
             raise ValueError(f"{name}: got head_dim {tensor.shape[-1]}, allowed are 1 to {MAX_HEAD_DIM}")
     if x.k.shape[-1] != x.q.shape[-1]:
@@ -130,13 +135,18 @@ def _check_lengths(x: Inputs) -> None:
             raise ValueError(f"{name}: got device {tensor.device}, q is on {x.q.device}")
     if x.cu_seqlens_q is not None and (x.max_seqlen_q < 0 or x.max_seqlen_k < 0):
         raise ValueError(f"max_seqlen: got {x.max_seqlen_q} and {x.max_seqlen_k}, must be 0 or more")
+    if x.cu_seqlens_q is None and x.seqused_k is None:
+        return
     if checks_values(x.q.device.type) and all(map(readable, (x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_k))):
         check_values(x)
 
 
 def readable(tensor: Tensor | None) -> bool:
     """Whether the values can be looked at: not of a fake tensor, nor of one that torch.func maps."""
-    return tensor is None or (type(tensor) in _PLAIN and not torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+    if tensor is None:
+        return True
+    own = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return not own and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def check_values(x: Inputs) -> None:
@@ -179,8 +189,8 @@ def _float(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float()
 
 
-def _at_least_2d(mask: Tensor | None) -> Tensor | None:
-    return mask if mask is None or mask.dim() > 1 else torch.atleast_2d(mask)
+def _at_least_2d(mask: Tensor) -> Tensor:
+    return mask if mask.dim() > 1 else torch.atleast_2d(mask)
 
 
 def changing(softmax_scale: float | None, default: float, softcap: float) -> Tensor | None:
@@ -224,17 +234,20 @@ def covered(
 ) -> Inputs | None:
     """The problem without its seed, all dimensions before the heads joined to one batch; None where it is not for our
     kernels."""
-    rank, lead = query.dim(), query.shape[:-3]
-    if not (rank > 2 and rank == key.dim() == value.dim() and lead == key.shape[:-3] == value.shape[:-3]):
+    rank = query.dim()
+    if not (2 < rank == key.dim() == value.dim()):
         return None
-    if key.shape[-3] not in (1, query.shape[-3]) and not enable_gqa:
+    if not enable_gqa and key.shape[-3] not in (1, query.shape[-3]):
         return None
     if attn_mask is not None:
         if is_causal or attn_mask.dtype not in (torch.bool, query.dtype, torch.float32) or attn_mask.dim() > rank:
             return None
         if rank > 4 and attn_mask.dim() > 3:
-            attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).flatten(0, -4)
+            attn_mask = attn_mask.expand(*query.shape[:-3], *attn_mask.shape[-3:]).flatten(0, -4)
     if rank != 4:
+        lead = query.shape[:-3]
+        if not lead == key.shape[:-3] == value.shape[:-3]:
+            return None
         query, key, value = (t.reshape(math.prod(lead), *t.shape[-3:]) for t in (query, key, value))
     additive = attn_mask is not None and attn_mask.dtype != torch.bool
     x = Inputs(
@@ -385,13 +398,26 @@ def _scores_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
 def _translated(query: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tuple[Tensor | None, bool]:
     """(attn_mask, is_causal) with a CausalBias as the flag or the boolean mask that it stands for."""
     if not isinstance(attn_mask, CausalBias):
-        return _at_least_2d(attn_mask), is_causal
+        return None if attn_mask is None else _at_least_2d(attn_mask), is_causal
     if is_causal:
         raise ValueError("is_causal: cannot be True when attn_mask is given")
     s, t = attn_mask.seq_len_q, attn_mask.seq_len_kv
     if attn_mask.variant == CausalVariant.UPPER_LEFT or s == t:
         return None, True
     return visible(s, t, -1, 0, t - s, query.device), False
+
+
+def _is_simple(mask: Tensor, query: Tensor, key: Tensor) -> bool:
+    """Whether it is a mask for a simple query and key, without need of `_check_sdpa`."""
+    if type(mask) is not Tensor or mask.is_nested or mask.dtype not in (torch.bool, query.dtype) or mask.device != query.device:
+        return False
+    (batch, heads, s, _), t, shape = query.shape, key.shape[2], mask.shape
+    if len(shape) == 4:
+        if shape[0] not in (1, batch) or shape[1] not in (1, heads):
+            return False
+    elif len(shape) != 2:
+        return False
+    return shape[-2] in (1, s) and shape[-1] in (1, t)
 
 
 def scaled_dot_product_attention(
@@ -417,10 +443,9 @@ def scaled_dot_product_attention(
     Raises ValueError where ranks, shapes or dtypes do not fit, or where attn_mask and is_causal are both given; TypeError for
     what is no tensor.
     """
-    # One comparison for what is nearly always so: generation calls this thousands of times a second.
+    # Comparisons for what is nearly always so: generation calls this thousands of times a second.
     simple = (
-        attn_mask is None
-        and type(query) is type(key) is type(value) is Tensor
+        type(query) is type(key) is type(value) is Tensor
         and query.dtype == key.dtype == value.dtype
         and dropout_p is not None
         and 0.0 <= dropout_p < 1.0
@@ -429,10 +454,12 @@ def scaled_dot_product_attention(
     if simple:
         q, k = query.shape, key.shape
         simple = len(q) == 4 and value.shape == k and q[:2] == k[:2] and q[3] == k[3] and query.dtype in _FLOATS
-    if not simple:
+    if not simple or (attn_mask is not None and (is_causal or not _is_simple(attn_mask, query, key))):
         for name, tensor in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
             if not isinstance(tensor, Tensor) and not (tensor is None and name == "attn_mask"):
                 raise TypeError(f"{name}: got {type(tensor).__name__}, need a tensor")
+            if isinstance(tensor, CausalBias) and name != "attn_mask":
+                raise TypeError(f"{name}: got a CausalBias, which goes with attn_mask")
         attn_mask, is_causal = _translated(query, attn_mask, is_causal)
         given = [tensor for tensor in (query, key, value, attn_mask) if tensor is not None]
         if any(has_functions(tensor) or is_traceable_wrapper_subclass(tensor) for tensor in given):
@@ -448,6 +475,8 @@ def scaled_dot_product_attention(
 
 def _window(window_size: Any, causal: bool) -> tuple[int, int]:
     """(left, right); None, for both or one, is no limit."""
+    if window_size == (-1, -1):
+        return -1, 0 if causal else -1
     try:
         left, right = (-1, -1) if window_size is None else (-1 if n is None else n for n in window_size)
         fits = int(left) == left and int(right) == right and left >= -1 and right >= -1
@@ -478,8 +507,8 @@ def _flash(
     **packed: Any,
 ) -> Any:
     check_tensors(
-        {"q": q, "k": k, "v": v}, alibi_slopes=alibi_slopes, s_aux=s_aux, attn_bias=attn_bias, attn_mask=attn_mask,
-        seqused_k=seqused_k,
+        "q k v alibi_slopes s_aux attn_bias attn_mask seqused_k", (q, k, v),
+        (alibi_slopes, s_aux, attn_bias, attn_mask, seqused_k),
     )  # fmt: skip
     q, k, v = autocast(q, k, v)
     left, right = _window(window_size, causal)
@@ -490,8 +519,8 @@ def _flash(
         q,
         k,
         v,
-        bias=_at_least_2d(attn_bias),
-        mask=_at_least_2d(attn_mask),
+        bias=None if attn_bias is None else _at_least_2d(attn_bias),
+        mask=None if attn_mask is None else _at_least_2d(attn_mask),
         alibi_slopes=_float(alibi_slopes),
         s_aux=_float(s_aux),
         seqused_k=seqused_k,
@@ -534,11 +563,12 @@ def flash_attn_func(
     key (bottom right). softcap c > 0 replaces scores by c tanh(score / c). alibi_slopes (H) or (B, H). s_aux (H): one logit
     more in every softmax, without a value. attn_bias and attn_mask (bool, True: takes part) broadcast to (B, H, S, T).
     seqused_k (B, int32): how many keys of each sequence are in use. Everything combines; q, k, v, attn_bias and s_aux get
-    gradients. The backward is always deterministic, so `deterministic` changes nothing.
+    gradients. The backward is always deterministic, so `deterministic` changes nothing. None for an option is its default.
 
     Returns out (B, S, H, Dv); with return_attn_probs=True (out, lse (B, H, S) float32, None). lse has a gradient; a row
     without any key has out 0 and lse -inf.
-    Raises ValueError or TypeError for ranks, shapes, dtypes, devices and options that do not fit.
+    Raises ValueError or TypeError for ranks, shapes, dtypes, devices and options that do not fit, and for a tensor whose type
+    has torch functions of its own (CausalBias, MaskedTensor, nested).
     """
     return _flash(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, return_attn_probs, backend,
@@ -548,6 +578,7 @@ def flash_attn_func(
 
 def flash_attn_qkvpacked_func(qkv: Tensor, *args: Any, **kwargs: Any) -> Any:
     """`flash_attn_func` of qkv (B, S, 3, H, D); the other arguments are the same, in the same order."""
+    check_tensors("qkv", (qkv,))
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv: got shape {tuple(qkv.shape)}, need (batch, positions, 3, heads, head_dim)")
     q, k, v = qkv.unbind(2)
@@ -556,6 +587,7 @@ def flash_attn_qkvpacked_func(qkv: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> Any:
     """`flash_attn_func` of q (B, S, H, D) and kv (B, T, 2, G, D); the other arguments are the same, in the same order."""
+    check_tensors("kv", (kv,))
     if kv.dim() != 5 or kv.shape[2] != 2:
         raise ValueError(f"kv: got shape {tuple(kv.shape)}, need (batch, positions, 2, heads, head_dim)")
     k, v = kv.unbind(2)
@@ -589,13 +621,14 @@ def flash_attn_varlen_func(
     sequence begins, from 0 on; max_seqlen_q and max_seqlen_k: the longest. Tokens behind the last sequence (of a batch that is
     padded to a fixed size, as CUDA graphs need) give out 0 and lse -inf, and get gradients of 0. Other arguments as
     `flash_attn_func`. Returns out (sum of S, H, Dv); with return_attn_probs=True (out, lse (H, sum of S), None).
-    Raises ValueError or TypeError as `flash_attn_func`; the values of cu_seqlens are checked on the CPU, and on a GPU only
-    under `debug_checks()`, because reading them waits for the device.
+    Raises ValueError or TypeError as `flash_attn_func`; the values of cu_seqlens and seqused_k are checked on the CPU, and on a
+    GPU only under `debug_checks()`, because reading them waits for the device. Unchecked, a seqused_k beyond its sequence is
+    cut off; cu_seqlens that do not rise, or that pass the tokens, read and write elsewhere in memory.
     """
-    check_tensors({"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k})
-    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if longest is None:
-            raise TypeError(f"{name}: got None, need the length of the longest sequence")
+    check_tensors("cu_seqlens_q cu_seqlens_k", (cu_seqlens_q, cu_seqlens_k))
+    if max_seqlen_q is None or max_seqlen_k is None:
+        name = "max_seqlen_q" if max_seqlen_q is None else "max_seqlen_k"
+        raise TypeError(f"{name}: got None, need the length of the longest sequence")
     return _flash(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, return_attn_probs, backend,
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
@@ -605,6 +638,7 @@ def flash_attn_varlen_func(
 
 def flash_attn_varlen_qkvpacked_func(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *args: Any, **kwargs: Any) -> Any:
     """`flash_attn_varlen_func` of qkv (sum of S, 3, H, D); the other arguments are the same, in the same order."""
+    check_tensors("qkv", (qkv,))
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv: got shape {tuple(qkv.shape)}, need (tokens, 3, heads, head_dim)")
     q, k, v = qkv.unbind(1)

@@ -209,6 +209,8 @@ def _(*args):  # type: ignore[no-untyped-def]
 
 def _implementation(name: str) -> Any:
     def function(x: CacheInputs) -> tuple[Tensor, Tensor]:
+        if x.changing is not None:
+            x = replace(x, softmax_scale=1.0, softcap=0.0)
         out, lse = _flash_attn_with_kvcache(*[getattr(x, field) for field in _NAMES], name)
         return out, lse
 
@@ -264,7 +266,8 @@ def _check(x: CacheInputs) -> CacheInputs:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, need {' or '.join(map(str, shapes))}")
     for name, number in (("softmax_scale", x.softmax_scale), ("softcap", x.softcap)):
         if not 0 <= number < math.inf:
-            raise ValueError(f"{name}: got {number}, must be finite and 0 or more")
+            way_out = " (for a negative one negate q)" if name == "softmax_scale" else ""
+            raise ValueError(f"{name}: got {number}, must be finite and 0 or more{way_out}")
     if not 0 <= x.num_splits <= MAX_SPLITS:
         raise ValueError(f"num_splits: got {x.num_splits}, allowed are 1 to {MAX_SPLITS}, and 0 for the best")
     _check_new(x)
@@ -392,20 +395,26 @@ def flash_attn_with_kvcache(
     keys are divided among programs, 0 for as many as fill the GPU (without looking at cache_seqlens: no synchronisation).
 
     Returns out (B, S, H, Dv); with return_softmax_lse=True (out, lse (B, H, S) float32). A row without any key has out 0 and
-    lse -inf. There is no gradient.
+    lse -inf. There is no gradient. Under autocast q, k and v are cast to the dtype of the caches. None for an option is its
+    default.
     Raises ValueError or TypeError for what does not fit, before anything is written; the values of cache_seqlens,
-    cache_batch_idx, cache_leftpad and block_table are checked on the CPU only. On a GPU, lengths beyond the cache are cut off.
+    cache_batch_idx, cache_leftpad and block_table are checked on the CPU, and on a GPU only under `debug_checks()`, because
+    reading them waits for the device. Unchecked, lengths beyond the cache are cut off; a cache_batch_idx or a page of
+    block_table that is not there reads and writes elsewhere in memory.
     """
     if cache_seqlens is None and k is not None:
         raise ValueError("cache_seqlens: got None with k, need to know where k goes")
     if cache_seqlens is not None and not isinstance(cache_seqlens, (int, Tensor)):
         raise TypeError(f"cache_seqlens: got {type(cache_seqlens).__name__}, allowed are int and an int32 tensor")
     check_tensors(
-        {"q": q, "k_cache": k_cache, "v_cache": v_cache}, k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
-        cache_seqlens=cache_seqlens if isinstance(cache_seqlens, Tensor) else None, cache_batch_idx=cache_batch_idx,
-        cache_leftpad=cache_leftpad, block_table=block_table, alibi_slopes=alibi_slopes, s_aux=s_aux,
+        "q k_cache v_cache k v rotary_cos rotary_sin cache_batch_idx cache_leftpad block_table alibi_slopes s_aux"
+        " cache_seqlens",
+        (q, k_cache, v_cache),
+        (k, v, rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad, block_table, alibi_slopes, s_aux,
+         None if isinstance(cache_seqlens, int) else cache_seqlens),
     )  # fmt: skip
-    if casting_to(q.device.type) is not None:
+    casting = casting_to(q.device.type) is not None
+    if casting:
         q, k, v = (_cast(tensor, k_cache.dtype) for tensor in (q, k, v))
     left, right = _window(window_size, causal)
     softcap = 0.0 if softcap is None else softcap
@@ -433,7 +442,12 @@ def flash_attn_with_kvcache(
         num_splits=num_splits or 0,
         changing=changing(softmax_scale, default, softcap),
     )
-    out, lse = choose("flash_attn_with_kvcache", q.device.type, backend)(_check(x))
+    compute = choose("flash_attn_with_kvcache", q.device.type, backend)
+    if casting:
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = compute(_check(x))
+    else:
+        out, lse = compute(_check(x))
     return (out, lse) if return_softmax_lse else out
 
 

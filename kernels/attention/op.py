@@ -275,6 +275,8 @@ _attention_backward.register_vmap(_vmap_backward)
 def _run(x: Inputs, implementation: str) -> tuple[Tensor, Tensor]:
     if x.q.dtype == torch.float64 and implementation == "triton":
         return attention_reference(x)
+    if x.changing is not None:
+        x = replace(x, softmax_scale=1.0, softcap=0.0)
     refuse_forward_mode("attention", x.q, x.k, x.v, x.bias, x.s_aux)
     out, lse = _differentiable(*[getattr(x, name) for name in _NAMES], implementation)
     return out, lse

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .._dispatch import NAMESPACE, explain, forced_backend
-from .functional import as_pytorchs, check, covered, flash_attn_varlen_func, seeded
+from .functional import as_pytorchs, check, check_tensors, covered, flash_attn_varlen_func, seeded
 from .kvcache import flash_attn_with_kvcache
 from .op import attention
 from .reference import Inputs, laid_out_like
@@ -326,6 +326,7 @@ def varlen_attn(
     Returns out (sum of S, H, D); with return_aux=AuxRequest(lse=True) (out, lse (H, sum of S) float32).
     Raises ValueError or TypeError for what does not fit.
     """
+    check_tensors("query key value", (query, key, value))
     heads, groups = query.shape[1], key.shape[-2]
     if heads != groups and not enable_gqa:
         raise ValueError(f"key: got {groups} heads for {heads} query heads, they need enable_gqa=True")

@@ -245,6 +245,9 @@ def attention_weights(
 
     As in PyTorch, is_causal aligns the diagonal at the top left: query i sees keys 0..i; alibi_slopes (H) count from there.
     """
+    from .functional import check_tensors  # which imports this module
+
+    check_tensors("query key attn_mask alibi_slopes", (query, key), (attn_mask, alibi_slopes))
     if key.shape[-3] != query.shape[-3]:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
