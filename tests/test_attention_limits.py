@@ -358,8 +358,6 @@ def test_a_row_of_the_lowest_number_takes_the_mean_of_its_values(backend, dtype)
 
 # --- head_dim above 256 ---------------------------------------------------------------------------------------------
 
-WIDE = [(264, 264), (320, 320), (512, 512), (576, 512), (64, 320), (320, 24)]
-
 
 def wide_calls(d, dv, dtype):
     """Each public function as call(backend, dtype), on the same numbers."""
@@ -393,24 +391,31 @@ def wide_calls(d, dv, dtype):
     }
 
 
-@pytest.mark.parametrize("function", wide_calls(1, 1, torch.float32))
-@pytest.mark.parametrize("dims", [*WIDE[:4], (MAX_HEAD_DIM, MAX_HEAD_DIM)], ids=str)
+CALLS = [(function, dims) for function in wide_calls(1, 1, torch.float32) for dims in ((264, 264), (576, 512))]
+
+
+@pytest.mark.parametrize(("function", "dims"), [*CALLS, ("flash_attn_with_kvcache", (MAX_HEAD_DIM, MAX_HEAD_DIM))], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_head_dims_above_256_are_computed_by_every_function(backend, dims, function):
-    dtype = torch.float32 if dims[0] == 512 else torch.bfloat16
-    call = wide_calls(*dims, dtype)[function]
-    truth, plain = call("reference", torch.float64), call("reference", dtype)
-    assert_as_accurate_as(call(backend, dtype), plain, truth, absolute=torch.finfo(dtype).eps / 4)
+def test_head_dims_above_256_are_computed_by_every_function(backend, function, dims):
+    call = wide_calls(*dims, torch.bfloat16)[function]
+    truth, plain = call("reference", torch.float64), call("reference", torch.bfloat16)
+    assert_as_accurate_as(call(backend, torch.bfloat16), plain, truth, absolute=torch.finfo(torch.bfloat16).eps / 4)
 
 
-@pytest.mark.parametrize(
-    "features", [("causal",), ("bias", "sinks", "dropout"), ("varlen", "alibi"), ("mask", "softcap")], ids=str
-)
-@pytest.mark.parametrize("dims", WIDE, ids=str)
+WIDE = [
+    Case(("causal",), torch.float32, head_dim=264),
+    Case(("varlen", "alibi"), torch.float16, head_dim=320),
+    Case(("mask", "softcap"), torch.bfloat16, head_dim=512),
+    Case(("bias", "sinks", "dropout"), torch.bfloat16, head_dim=576, v_head_dim=512),
+    Case(("window", "lse_gradient"), torch.bfloat16, head_dim=64, v_head_dim=320),
+    Case(("bias_of_keys", "used_keys"), torch.bfloat16, head_dim=320, v_head_dim=24),
+]
+
+
+@pytest.mark.parametrize("case", WIDE, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS[:2])
-def test_gradients_at_head_dims_above_256_are_as_accurate_as_plain_pytorch(backend, dims, features):
-    dtype = torch.float32 if dims[0] == 512 else torch.bfloat16
-    check(Case(features, dtype, 1, 12, 20, 2, 1, *dims), backend)
+def test_gradients_at_head_dims_above_256_are_as_accurate_as_plain_pytorch(backend, case):
+    check(replace(case, batch=1, s=12, t=20), backend)
 
 
 @interpreted
