@@ -467,9 +467,6 @@ def disagreement(ours: Tensor, beside: list[Tensor], truth: Tensor, near: list[T
     at_all = agree & truth.isfinite()
     if not at_all.any():
         return None
-    if not ours64[at_all].isfinite().all():
-        at = tuple((at_all & ~ours64.isfinite()).nonzero()[0].tolist())
-        return f"not finite: got {float(ours64[at])}, float64 has {float(truth[at]):.4g} at {at}"
     zero = torch.zeros_like(truth)
     worst = max(float(torch.where(at_all, x - truth, zero).abs().max()) for x in plains)
     error = torch.where(at_all, ours64 - truth, zero).abs()
@@ -477,6 +474,11 @@ def disagreement(ours: Tensor, beside: list[Tensor], truth: Tensor, near: list[T
     eps = torch.finfo(dtype).eps
     tiny = 1e-11 if dtype == torch.float64 else 32 * FLOAT32
     allowed = 2 * worst + (eps + tiny) * largest + tiny + eps / 4 + more + torch.finfo(dtype).smallest_normal
+    if allowed > limit:
+        return None
+    if not ours64[at_all].isfinite().all():
+        at = tuple((at_all & ~ours64.isfinite()).nonzero()[0].tolist())
+        return f"not finite: got {float(ours64[at])}, float64 has {float(truth[at]):.4g} at {at}"
     if float(error.max()) <= allowed:
         return None
     at = tuple((error == error.max()).nonzero()[0].tolist())

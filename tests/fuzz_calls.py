@@ -262,7 +262,7 @@ def _saving(out: Tensor, lse: Tensor, tensors: dict[str, Tensor], call: Call, ep
 def _more_of_sdpa(call: Call, eps: float) -> dict[str, float]:
     a = built(call, wide=True)
     q, k, v, mask = a["query"], a["key"], a["value"], a.get("attn_mask")
-    if q.dim() < 2 or k.dim() < 2 or q.shape[-1] == 0:
+    if any(isinstance(x, Tensor) and x.numel() == 0 for x in a.values()):
         return {}
     if a.get("enable_gqa") and k.dim() > 2 and k.shape[-3]:
         k, v = (x.repeat_interleave(q.shape[-3] // k.shape[-3], dim=-3) for x in (k, v))
@@ -272,8 +272,6 @@ def _more_of_sdpa(call: Call, eps: float) -> dict[str, float]:
         scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -INF)
     if mask is not None:
         scores = scores.masked_fill(~mask, -INF) if mask.dtype == torch.bool else scores + mask
-    if scores.shape[-1] == 0:
-        return {}
     empty = (scores == -INF).all(-1, keepdim=True)
     lse = scores.masked_fill(empty, 0).logsumexp(-1)
     out = scores.masked_fill(empty, 0).softmax(-1) @ v

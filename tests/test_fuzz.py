@@ -82,6 +82,7 @@ def search(seconds: float, capsys: Any, batch: int = 20) -> tuple[Counter[str], 
 
 def one_round(name: str, number: int, batch: int, counts: Counter[str], known: dict[Any, Finding]) -> Finding | None:
     last: list[Finding] = []
+    began: list[float] = []
 
     @seed(number)
     @settings(
@@ -96,8 +97,9 @@ def one_round(name: str, number: int, batch: int, counts: Counter[str], known: d
         except Finding as found:
             if found.key in known:
                 return
-            if last and found.key != last[0].key:
-                return  # shrink the one that was found, into no other
+            began.append(time.monotonic())
+            if last and (found.key != last[0].key or began[-1] > began[0] + 60):
+                return  # shrink the one that was found, into no other, for a minute
             last[:1] = [found]
             raise
 
