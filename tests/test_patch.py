@@ -98,7 +98,7 @@ def step(model, *batches):
 @contextlib.contextmanager
 def float64_stays():
     """transformers computes norms, softmax and loss in float32 whatever comes in; here float64 stays what it is."""
-    softmax, to, as_float = F.softmax, torch.Tensor.to, torch.Tensor.float
+    softmax, to = F.softmax, torch.Tensor.to
 
     def keep(x, *args, **kwargs):
         narrower = x.dtype == torch.float64 and torch.float32 in (*args, kwargs.get("dtype"))
@@ -107,7 +107,7 @@ def float64_stays():
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(F, "softmax", lambda scores, dim, dtype=None: softmax(scores, dim))
         patched.setattr(torch.Tensor, "to", keep)
-        patched.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else as_float(x))
+        patched.setattr(torch.Tensor, "float", torch.Tensor.double)
         yield
 
 
@@ -323,6 +323,24 @@ def test_a_loss_of_more_than_a_cross_entropy_is_left_alone():
             return type(out)(loss=out.loss + 1e-4 * out.logits.square().mean(), logits=out.logits)
 
     assert patch(WithPenalty(transformers.LlamaConfig(**SMALL)))["loss"] == []
+
+
+class Doubled(transformers.LlamaForCausalLM):
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        out = super().forward(input_ids, labels=labels, **kwargs)
+        return type(out)(loss=None if out.loss is None else 2 * out.loss, logits=out.logits)
+
+
+def test_the_loss_of_a_forward_that_calls_super_is_swapped():
+    torch.manual_seed(0)
+    model = Doubled(transformers.LlamaConfig(**SMALL, attn_implementation="eager")).train()
+    plain = model(**batch())
+    assert patch(model)["loss"] == [""]
+    ours = model(**batch())
+    assert isinstance(ours.logits, LazyLogits)
+    torch.testing.assert_close(ours.loss, plain.loss)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, backend="eager")(**batch()).loss, plain.loss)
 
 
 def test_cos_and_sin_of_unequal_halves_keep_their_rotary_embedding():

@@ -64,7 +64,6 @@ def _class_of(original: Any, swap: Any, options: tuple[tuple[str, Any], ...]) ->
     if swap is _Rotary:
         attributes["forward"] = _with_our_rotary(original.forward, attributes["_function"])
     if swap is _CausalLM:  # Trainer and generate() read the signature
-        attributes["_deferring"] = _deferring(original, attributes["_head"])
         attributes["forward"] = forward = _copy_of(swap.forward, swap.forward.__globals__)
         forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
     return type(original.__name__, (swap, original), attributes)
@@ -161,7 +160,7 @@ class _CausalLM(_Swapped):
     _kind = "loss"
     _head: str
     _arguments: tuple[str, ...]
-    _deferring: Any
+    _stand_in: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self
@@ -174,33 +173,53 @@ class _CausalLM(_Swapped):
             or not (model.config.return_dict and given.get("return_dict") is not False)
             or not _is_plain(self._modules[self._head])
             or hasattr(self, "_loss_function")  # where transformers keeps what the user has set as model.loss_function
-            or torch.compiler.is_exporting()  # which knows outputs of its own types only
+            or _is_exporting()
+            or (self._stand_in is _AsInstance and torch.compiler.is_compiling())
         ):
             return super().forward(*args, **kwargs)
-        # Not the module itself, so that nothing changes in it and its head is everywhere else what it is.
-        deferring = object.__new__(self._deferring)
-        deferring.__dict__ = self.__dict__
-        outputs = self._original.forward(deferring, *args, **kwargs)
+        outputs = self._original.forward(self._stand_in(self, self._head), *args, **kwargs)
         if not hasattr(self, "_is_replica"):
             return outputs
         # nn.DataParallel gathers tensors and nothing else.
         return type(outputs)(**{name: value for name, value in outputs.items() if not isinstance(value, LazyLogits)})
 
 
-def _deferring(original: Any, head: str, may_be_made: bool = True) -> Any:
-    """A subclass of `original` whose head gives LazyLogits."""
+def _is_exporting() -> bool:
+    """torch.export knows outputs of its own types only. (torch 2.11 says is_exporting() inside torch.compile too.)"""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
-    def get(self: Any) -> LazyHead:
-        return LazyHead(self._modules[head], may_be_made)
 
-    def loss_function(self: Any) -> Any:
-        """transformers' own without its warning of an unknown loss_type, as GPT-2's is, which breaks a compiled graph."""
-        from transformers.loss.loss_utils import LOSS_MAPPING
+class _WithLazyHead:
+    """Stands for a model in its own forward: all is the model's, but its head gives LazyLogits. So nothing changes in the
+    model, and everywhere else its head is what it is."""
 
-        return LOSS_MAPPING.get(str(getattr(self, "loss_type", None)), LOSS_MAPPING["ForCausalLM"])
+    def __init__(self, model: Any, head: str, may_be_made: bool = True):
+        self._wikigpt = (model, head, may_be_made)
 
-    names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
-    return type(original.__name__, (original,), {head: property(get), "loss_function": property(loss_function), **names})
+    def __getattr__(self, name: str) -> Any:
+        model, head, may_be_made = self._wikigpt
+        if name == head:
+            return LazyHead(model._modules[head], may_be_made)
+        if name == "loss_function" and not hasattr(model, "_loss_function"):
+            # transformers' own, without its warning of an unknown loss_type (GPT-2's), which breaks a compiled graph.
+            from transformers.loss.loss_utils import LOSS_MAPPING
+
+            return LOSS_MAPPING.get(str(getattr(model, "loss_type", None)), LOSS_MAPPING["ForCausalLM"])
+        return getattr(model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_wikigpt":
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._wikigpt[0], name, value)
+
+
+class _AsInstance(_WithLazyHead):
+    """For a forward that calls super(). torch.compile does not know it."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return type(self._wikigpt[0])
 
 
 def _is_plain(head: Any) -> bool:
@@ -482,15 +501,14 @@ def _loss(module: Any) -> Swap | None:
     small = nn.Linear(8, vocab, bias=module._modules[head].bias is not None)
     parts: Parts = {"_modules": {**before, head: small}}
     theirs = _run(module, training=True, parts=parts, **given)
-    deferring = _probe(module, True, parts)
-    deferring.__class__ = _deferring(type(module), head, may_be_made=False)
-    try:
-        ours = type(module).forward(deferring, **given)
-    except Exception:  # it needs the logits
-        return None
-    if not _same(getattr(ours, "loss", None), getattr(theirs, "loss", torch.empty(0))):
-        return None
-    return _CausalLM, {"_head": head, "_arguments": arguments}
+    for stand_in in (_WithLazyHead, _AsInstance):
+        try:
+            ours = type(module).forward(stand_in(_probe(module, True, parts), head, may_be_made=False), **given)
+        except Exception:  # it needs the logits
+            continue
+        if _same(getattr(ours, "loss", None), getattr(theirs, "loss", torch.empty(0))):
+            return _CausalLM, {"_head": head, "_arguments": arguments, "_stand_in": stand_in}
+    return None
 
 
 def _head_of(module: Any) -> str | None:
