@@ -116,10 +116,8 @@ def check_options(reduction: str, label_smoothing: float, softcap: float, z_loss
             raise ValueError(f"{name}: got {number}, must be 0 or more")
 
 
-def check_weight(weight: Tensor | None, vocabulary: int, target: Tensor) -> None:
+def check_weight(weight: Tensor, vocabulary: int, target: Tensor) -> None:
     """weight (V); PyTorch gives it no derivative either, but with class probabilities."""
-    if weight is None:
-        return
     if weight.shape != (vocabulary,):
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, need ({vocabulary},), one number for each class")
     if weight.requires_grad and torch.is_grad_enabled() and not target.is_floating_point():
@@ -149,8 +147,7 @@ def check_devices(**tensors: Tensor | None) -> None:
 def check_targets(target: Tensor, vocabulary: int, ignore_index: int) -> None:
     """IndexError for a target (N) outside the vocabulary; on a GPU only under `debug_checks`, because it waits."""
     while torch._C._functorch.is_functorch_wrapped_tensor(target):  # the values of all samples, under vmap
-        target = torch._C._functorch.get_unwrapped(target)
-    target = target.flatten()
+        target = torch._C._functorch.get_unwrapped(target).flatten()
     outside = (target != ignore_index) & ((target < 0) | (target >= vocabulary))
     if outside.any():
         i = int(outside.nonzero()[0])
@@ -158,6 +155,12 @@ def check_targets(target: Tensor, vocabulary: int, ignore_index: int) -> None:
             f"target: token {i} is {int(target[i])}, but the vocabulary has {vocabulary} entries "
             f"(allowed: 0 to {vocabulary - 1}, or ignore_index {ignore_index})"
         )
+
+
+def indices(target: Tensor) -> Tensor:
+    """(N) of int64."""
+    flat = target.reshape(-1)
+    return flat if flat.dtype == torch.int64 else flat.long()
 
 
 def shaped(result: Any, shape: Sequence[int], reduction: str, return_aux: bool) -> Any:
@@ -420,13 +423,15 @@ register(
 def class_dimension(shape: Sequence[int], target: Tensor) -> int:
     """Where logits of this shape have their classes: last, or second, as PyTorch has them. The target says which."""
     last = len(shape) - 1
-    indices = {c for c in (1, last) if 0 <= c <= last and target.shape == (*shape[:c], *shape[c + 1 :])}
+    if 0 <= last <= 1 and target.shape == shape[:last] and not target.is_floating_point():
+        return last
+    as_indices = {c for c in (1, last) if 0 <= c <= last and target.shape == (*shape[:c], *shape[c + 1 :])}
     if target.is_floating_point():
-        if indices:
+        if as_indices:
             raise TypeError(f"target: got dtype {target.dtype}, class indices in this shape are int64 or uint8")
         fits = {min(last, 1)} if target.shape == shape and shape else set()
     else:
-        fits = indices
+        fits = as_indices
     if not fits:
         raise ValueError(
             f"target: got shape {tuple(target.shape)}, logits {tuple(shape)} need class indices {tuple(shape[:-1])}, with the "
@@ -463,7 +468,7 @@ def computed(
     if target.is_floating_point():
         function, target = cross_entropy_reference, target.reshape(-1, vocabulary)
     else:
-        target = target.reshape(-1).long()
+        target = indices(target)
         if checks_values(input.device.type):
             check_targets(target, vocabulary, ignore_index)
     result = function(
@@ -479,13 +484,6 @@ def computed(
         return_aux,
     )
     return shaped(result, shape, reduction, return_aux)
-
-
-def legacy_reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
-    """PyTorch's arguments of old, which override `reduction` and warn."""
-    if size_average is None and reduce is None:
-        return reduction
-    return _reduction.legacy_get_string(size_average, reduce)
 
 
 def cross_entropy(
@@ -525,12 +523,15 @@ def cross_entropy(
     """
     if not input.is_floating_point():
         raise TypeError(f"input: got dtype {input.dtype}, allowed are floating-point dtypes")
-    reduction = legacy_reduction(size_average, reduce, reduction)
-    check_target_dtype(target, ignore_index, return_aux)
+    if size_average is not None or reduce is not None:  # PyTorch's of old, which override `reduction` and warn
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    if target.dtype != torch.int64:
+        check_target_dtype(target, ignore_index, return_aux)
     classes = class_dimension(input.shape, target)
     if input.shape[classes] == 0:
         raise ValueError(f"input: got shape {tuple(input.shape)}, need at least 1 class")
-    check_weight(weight, input.shape[classes], target)
+    if weight is not None:
+        check_weight(weight, input.shape[classes], target)
     check_options(reduction, label_smoothing, softcap, z_loss)
     check_devices(input=input, target=target, weight=weight)
     function = choose("cross_entropy", input.device.type, backend)

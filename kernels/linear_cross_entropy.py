@@ -51,6 +51,7 @@ from .cross_entropy import (
     divided_twice,
     empty_rows,
     given_gradients,
+    indices,
     nan_rows,
     per_token,
     present,
@@ -239,8 +240,8 @@ def _held(dtype: torch.dtype) -> torch.dtype:
 
 def _row_grad(target: Tensor, ignore_index: int, reduction: str) -> Tensor:
     """d objective / d loss of each token for the reductions that fix it."""
-    valid = target != ignore_index
-    return torch.where(valid, 1.0 / valid.sum(), 0.0) if reduction == "mean" else valid.float()
+    valid = (target != ignore_index).float()
+    return valid / valid.sum().clamp(min=1.0) if reduction == "mean" else valid
 
 
 @torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy", mutates_args=(), device_types="cpu")
@@ -699,7 +700,7 @@ register(
 
 def _packed(matrix: Tensor) -> Tensor:
     """Without room between its rows: there, on processors with AMX, PyTorch's products of 16-bit numbers let NaN in."""
-    if matrix.device.type != "cpu" or matrix.element_size() != 2 or matrix.is_contiguous() or matrix.t().is_contiguous():
+    if matrix.element_size() != 2 or matrix.is_contiguous() or matrix.device.type != "cpu" or matrix.t().is_contiguous():
         return matrix
     return matrix.contiguous()
 
@@ -796,7 +797,8 @@ def linear_cross_entropy(
     plain = linear_weight.dim() == 2 and target.shape == input.shape[:-1]
     if target.is_floating_point() and plain:
         raise TypeError(f"target: got dtype {target.dtype}, class indices in this shape are int64 or uint8")
-    check_target_dtype(target, ignore_index, return_aux)
+    if target.dtype != torch.int64:
+        check_target_dtype(target, ignore_index, return_aux)
     if linear_weight.dim() < 2 or input.shape[-1:] != linear_weight.shape[-1:]:
         raise ValueError(
             f"linear_weight: got shape {tuple(linear_weight.shape)}, input {tuple(input.shape)} needs (V, {input.shape[-1]})"
@@ -806,7 +808,8 @@ def linear_cross_entropy(
     if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
         wanted = tuple(linear_weight.shape[:-1])
         raise ValueError(f"linear_bias: got shape {tuple(linear_bias.shape)}, linear_weight needs {wanted}")
-    check_weight(weight, linear_weight.shape[0], target)
+    if weight is not None:
+        check_weight(weight, linear_weight.shape[0], target)
     check_options(reduction, label_smoothing, softcap, z_loss)
     check_devices(input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias, weight=weight)
     function = choose("linear_cross_entropy", input.device.type, backend)
@@ -830,7 +833,7 @@ def linear_cross_entropy(
         # Not -1, which has no answer for D = 0.
         _packed(input.reshape(target.numel(), input.shape[-1])),
         _packed(linear_weight),
-        target.reshape(-1).long(),
+        indices(target),
         linear_bias,
         weight,
         reduction,
