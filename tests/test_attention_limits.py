@@ -327,6 +327,15 @@ def test_a_sink_takes_part_in_rows_far_from_zero(backend, value, sink):
     check_problem(replace(x, s_aux=torch.full_like(x.s_aux, sink)), backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sink_of_minus_infinity_is_none_in_rows_without_keys_too(backend):
+    q, k = (torch.randn(1, n, 2, 16) for n in (9, 4))
+    x = Inputs(q, k, k, softmax_scale=0.25, window_right=0)  # the first five rows have no key
+    expected = attention(x, "reference")
+    got = attention(replace(x, s_aux=torch.full((2,), -math.inf)), backend)
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("value", [-1e4, -1e9, "min", 1e9], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS[:2])
 def test_the_mask_of_scaled_dot_product_attention_may_put_rows_any_distance_from_zero(backend, value):
