@@ -609,16 +609,24 @@ def test_a_batch_of_nothing_has_gradients_of_zero(case, dtype, backend):
         assert (grad == 0).all()
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", TRITON])
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_keys_in_use_that_nobody_checked_do_not_reach_into_another_sequence(packed, backend, monkeypatch):
+def test_keys_in_use_that_nobody_checked_do_not_reach_beyond_the_sequence(packed, masked, backend, monkeypatch):
     """As on a GPU, where reading them would wait for the device."""
     monkeypatch.setattr(functional, "checks_values", lambda device_type: False)
     function = flash_attn_varlen_func if packed else flash_attn_func
     arguments = copies(function)
-    out = function(**arguments | {"seqused_k": ints(-5, 100)}, backend=backend)
-    expected = function(**arguments | {"seqused_k": ints(0, 4 if packed else 7)}, backend=backend)
-    assert torch.equal(out, expected)
+    if not masked or packed:
+        arguments = {name: value for name, value in arguments.items() if name not in ("attn_mask", "attn_bias")}
+
+    def run(used):
+        leaves = {name: arguments[name].clone().requires_grad_() for name in ("q", "k", "v")}
+        out = function(**arguments | leaves | {"seqused_k": used}, backend=backend)
+        return out, *torch.autograd.grad(out.square().sum(), list(leaves.values()))
+
+    for ours, expected in zip(run(ints(-5, 100)), run(ints(0, 4 if packed else 7))):
+        assert torch.equal(ours, expected)
 
 
 # --- torch.compile, torch.func, autocast ----------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from .tile import (
     sequence,
     sixteens,
     tile_range,
+    used,
     work_item,
 )
 
@@ -377,7 +378,7 @@ def _dkdv(
         k_start, sk_all = sequence(b, n_k, CuK, None, VARLEN)
         sk = sk_all
         if UsedK is not None:
-            sk = tl.load(UsedK + b)
+            sk = used(UsedK, b, sk_all)
         j0 = tile * BLOCK_N
         if j0 < sk_all:
             diagonal = 0 if TOP_LEFT else sk - sq
@@ -596,7 +597,7 @@ def _dbias(
         b = b_first + later_b
         sk = n_k
         if UsedK is not None:
-            sk = tl.load(UsedK + b)
+            sk = used(UsedK, b, n_k)
         diagonal = 0 if TOP_LEFT else sk - n_q
         b64 = b.to(tl.int64)
         for later_h in range(0, heads if ONE_H else 1):

@@ -77,6 +77,12 @@ def work_item(work, n_tiles, heads, group, section, n_heads, HEAVY_LAST: tl.cons
 
 
 @triton.jit
+def used(Used, b, most):
+    """Sequence b's number of keys in use. On a GPU nobody has checked it: beyond `most` lies another sequence, or nothing."""
+    return tl.maximum(tl.minimum(tl.load(Used + b), most), 0)
+
+
+@triton.jit
 def sequence(b, n, Cu, Used, VARLEN: tl.constexpr):
     """(first token, length) of sequence b; for dense tensors (0, n)."""
     start, length = tl.full((), 0, tl.int64), n
@@ -84,7 +90,7 @@ def sequence(b, n, Cu, Used, VARLEN: tl.constexpr):
         start = tl.load(Cu + b).to(tl.int64)
         length = (tl.load(Cu + b + 1) - start).to(tl.int32)
     if Used is not None:
-        length = tl.load(Used + b)
+        length = used(Used, b, length)
     return start, length
 
 
@@ -256,9 +262,9 @@ def block_list(
             columns_here = sixteens(n_columns)
     if Used is not None:
         if USED_ROWS:
-            rows_here = tl.load(Used + b)
+            rows_here = used(Used, b, n_rows)
         else:
-            columns_here = tl.load(Used + b)
+            columns_here = used(Used, b, n_columns)
     diagonal = 0 if TOP_LEFT else columns_here - rows_here
     r0 = tile * ROWS
     first, last, full_first, full_last = tile_range(
