@@ -699,6 +699,20 @@ def _module(name: str) -> Callable[..., Any]:
     return function
 
 
+def _torch_module(call: Call, a: dict[str, Any]) -> Any:
+    """PyTorch's kernels, which ours may be as wrong as: of few features in 16 bits, quite."""
+    if _norm_widens(call):
+        return NotImplemented
+    name = call.function.removeprefix("layers.")
+    x = a.get("x", a.get("input", a.get("hidden_states")))
+    if a.get("elementwise_affine") is False or {"residual", "dropout_p", "prenorm", "unit_offset"} & set(a):
+        return NotImplemented
+    eps = a.get("eps", a.get("variance_epsilon", 1e-5 if name == "LayerNorm" else 1e-6))
+    if name == "RMSNorm":
+        return F.rms_norm(x, x.shape[-1:], a.get("weight"), eps)
+    return F.layer_norm(x, x.shape[-1:], a.get("weight"), a.get("bias"), eps)
+
+
 _NORM_NAMES = (
     "normalized_shape",
     "eps",
@@ -712,7 +726,8 @@ _NORM_NAMES = (
 )
 for _name, _op in (("LayerNorm", "layer_norm"), ("RMSNorm", "rms_norm")):
     FUNCTIONS[_name] = Fuzzed(
-        _module(_name), _op, names=_NORM_NAMES, more=_more_of_norm, same_dropout=("reference", "triton"), meta=False
+        _module(_name), _op, torch=_torch_module, names=_NORM_NAMES, more=_more_of_norm,
+        same_dropout=("reference", "triton"), meta=False,
     )  # fmt: skip
 
 
@@ -1157,6 +1172,8 @@ def _layer(name: str) -> Callable[..., Any]:
         module = nn.Module()
         module.__class__ = getattr(layers, name)  # as `kernelize` does: it has no constructor of its own
         attributes = {n: arguments.pop(n, None) for n in ("weight", "bias", "variance_epsilon", "eps") if name.endswith("Norm")}
+        if attributes.get("weight") is not None:
+            attributes["normalized_shape"] = tuple(attributes["weight"].shape)
         for key, value in attributes.items():
             object.__setattr__(module, key, value)
         return module(*args, **arguments)
@@ -1175,8 +1192,8 @@ _LAYERS = {
     "SiluAndMul": ("swiglu", "x", None),
     "GeluAndMul": ("geglu", "x", None),
     "GeluTanhAndMul": ("geglu", "x", None),
-    "RMSNorm": ("rms_norm", "hidden_states", None),
-    "LayerNorm": ("layer_norm", "input", None),
+    "RMSNorm": ("rms_norm", "hidden_states", _torch_module),
+    "LayerNorm": ("layer_norm", "input", _torch_module),
 }
 _LAYER_NAMES = ("input", "x", "hidden_states", "gate", "up", "weight", "bias", "eps", "q", "k", "cos", "sin")
 

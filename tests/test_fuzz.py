@@ -7,6 +7,7 @@ By hand for as long as one likes, with fresh seeds and every function in turn:
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import time
@@ -14,11 +15,13 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch.nn.functional as F
 import wikigpt.kernels
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from wikigpt.kernels import layers
+from wikigpt.kernels._dispatch import forced_backend
 
-from tests.fuzz import Call, Finding, Fuzzed
+from tests.fuzz import Call, Finding, T
 from tests.fuzz_calls import FUNCTIONS, NO_CALLS, STRATEGIES, check
 
 EXAMPLES = 12  # of each function
@@ -49,6 +52,44 @@ def test_a_call_is_right_or_refused_in_words(name):
         check(call, slow=interpreted(call))
 
     holds()
+
+
+# --- what the search itself can see ---------------------------------------------------------------------------------
+
+
+FAULTS: dict[str, Any] = {
+    "a wrong number": lambda x: F.gelu(x) * 1.001,
+    "a wrong number in the gradient": lambda x: F.gelu(x).detach() + 0 * x,
+    "what lies behind a row is read": lambda x: F.gelu(x) + 0 * x.as_strided((3, 6), x.stride()).sum(),
+    "an input is changed": lambda x: F.gelu(x) + 0 * x.detach().add_(1),
+    "another dtype": lambda x: F.gelu(x).double(),
+    "another shape": lambda x: F.gelu(x)[None],
+    "one backend alone refuses": lambda x: check_positive(x),
+    "PyTorch's own error": lambda x: F.gelu(x).view(7),
+}
+
+
+def check_positive(x):
+    raise ValueError(f"x: got {tuple(x.shape)}, must be nothing")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_search_sees(fault, monkeypatch):
+    def broken(x):
+        return F.gelu(x) if forced_backend() == "reference" else FAULTS[fault](x)
+
+    monkeypatch.setitem(FUNCTIONS, "gelu", dataclasses.replace(FUNCTIONS["gelu"], function=broken, torch=None))
+    with pytest.raises(Finding):
+        check(Call("gelu", {"x": T((3, 4), layout="sliced", grad=True)}))
+
+
+def test_a_call_that_is_right_is_no_finding():
+    check(Call("gelu", {"x": T((3, 4), layout="sliced", grad=True)}))
+
+
+def test_a_call_prints_as_python_that_makes_it_again():
+    call = Call("gelu", {"x": T((3, 4), "float16", layout="rows", grad=True, fill=(1.0, float("-inf")))}, upstream=(0,))
+    assert eval(repr(call)) == call
 
 
 @pytest.mark.skipif(not MINUTES, reason="as long as WIKIGPT_FUZZ_MINUTES says")
@@ -112,6 +153,3 @@ def one_round(name: str, number: int, batch: int, counts: Counter[str], known: d
             return last[0]
         raise error
     return None
-
-
-__all__ = ["Fuzzed"]
