@@ -392,11 +392,22 @@ def test_without_transformers_registering_says_what_is_missing(monkeypatch):
         register()
 
 
-@pytest.mark.parametrize("name", ["block_indices", "sinks"])
-def test_attention_that_the_kernels_do_not_know_is_refused(name):
+def test_blocks_of_keys_that_nothing_explains_are_refused():
     q = torch.zeros(1, 2, 3, 16)
-    with pytest.raises(ValueError, match=f'{name}: attn_implementation="wikigpt" does not support it, use "sdpa" or "eager"'):
-        wikigpt_attention_forward(torch.nn.Module(), q, q, q, None, **{name: q})
+    with pytest.raises(ValueError, match='block_indices: Module has no indexer that reads them, use "sdpa" or "eager"'):
+        wikigpt_attention_forward(torch.nn.Module(), q, q, q, None, block_indices=q)
+
+
+def test_a_sink_of_each_query_takes_its_share_and_has_a_gradient():
+    generator = torch.Generator().manual_seed(7)
+    q, k, v = (torch.randn(2, 4, 5, 16, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    sinks = torch.randn(2, 4, 5, 1, generator=generator, dtype=torch.float64, requires_grad=True)
+    ours, _ = wikigpt_attention_forward(torch.nn.Module(), q, k, v, None, is_causal=False, sinks=sinks)
+    scores = torch.cat([q @ k.mT / 4, sinks], dim=-1)
+    expected = (scores.softmax(-1)[..., :-1] @ v).transpose(1, 2)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+    for mine, theirs in zip(*(torch.autograd.grad(out.square().sum(), (q, k, v, sinks)) for out in (ours, expected))):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_weights_that_are_asked_for_and_not_given_are_warned_of(caplog):

@@ -53,8 +53,8 @@ def register() -> None:
     # What every model calls with its own and every part's implementation, when it is made and when it is changed.
     checked = PreTrainedModel.get_correct_attn_implementation
     if not hasattr(checked, "__wrapped__"):
-        PreTrainedModel.get_correct_attn_implementation = _refusing(checked)
-        PreTrainedModel.set_attn_implementation = _refusing_parts(PreTrainedModel.set_attn_implementation)
+        PreTrainedModel.get_correct_attn_implementation = _refusing(checked)  # type: ignore[method-assign]
+        PreTrainedModel.set_attn_implementation = _refusing_parts(PreTrainedModel.set_attn_implementation)  # type: ignore
 
 
 # --- which models ---------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ class DescribedMask(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def, override]
         if func.overloadpacket in _ADDITIONS:  # attention of a model's own, which takes the mask for an additive one
-            raise TypeError(f'a mask of attn_implementation="{NAME}" is boolean, it cannot be added to scores: use "eager"')
+            raise ValueError(f'a mask of attn_implementation="{NAME}" is boolean, it cannot be added to scores: use "eager"')
         args, kwargs = tree_map_only(DescribedMask, lambda mask: mask.dense(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -360,11 +360,12 @@ def wikigpt_attention_forward(
     (batch, _, s, _), t = query.shape, key.shape[2]
 
     if block_indices is not None:
-        if not hasattr(getattr(module, "indexer", None), "build_block_mask"):
+        build_block_mask: Any = getattr(getattr(module, "indexer", None), "build_block_mask", None)
+        if build_block_mask is None:
             raise ValueError(f'block_indices: {type(module).__name__} has no indexer that reads them, use "sdpa" or "eager"')
         positions = torch.arange(t - s, t, device=query.device).expand(batch, s)
         seen = mask.dense() if isinstance(mask, DescribedMask) else mask
-        mask = module.indexer.build_block_mask(block_indices, seen, t, query.dtype, query.device, positions)
+        mask = build_block_mask(block_indices, seen, t, query.dtype, query.device, positions)
 
     if isinstance(mask, DescribedMask) and mask.shape == (batch, 1, s, t) and indices is None:
         window, n_keys, padding = mask.window, mask.n_keys, mask.padding
