@@ -530,6 +530,23 @@ def test_a_loss_function_of_the_users_own_is_called(when):
     torch.testing.assert_close(out.loss, out.logits.square().mean())
 
 
+class WithItsOwnLoss(transformers.LlamaForCausalLM):
+    loss_type = None
+
+    @property
+    def loss_function(self):
+        return lambda logits, labels, **_: 3 * F.cross_entropy(logits[:, :-1].reshape(-1, 61), labels[:, 1:].reshape(-1))
+
+
+def test_a_loss_function_of_the_class_is_called():
+    model = WithItsOwnLoss(transformers.LlamaConfig(**SMALL)).train()
+    plain = model(**batch())
+    assert patch(model)["loss"] == [""]
+    ours = model(**batch())
+    assert isinstance(ours.logits, LazyLogits)
+    torch.testing.assert_close(ours.loss, plain.loss)
+
+
 def test_a_lora_on_the_head_gets_its_gradient():
     peft = pytest.importorskip("peft")
     model = build("Llama")

@@ -161,6 +161,7 @@ class _CausalLM(_Swapped):
     _head: str
     _arguments: tuple[str, ...]
     _stand_in: Any
+    _has_default_loss: bool  # loss_function is PreTrainedModel's
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self
@@ -200,8 +201,8 @@ class _WithLazyHead:
         model, head, may_be_made = self._wikigpt
         if name == head:
             return LazyHead(model._modules[head], may_be_made)
-        if name == "loss_function" and not hasattr(model, "_loss_function"):
-            # transformers' own, without its warning of an unknown loss_type (GPT-2's), which breaks a compiled graph.
+        if name == "loss_function" and getattr(model, "_has_default_loss", False):
+            # The same without its warning of an unknown loss_type (GPT-2's), which breaks a compiled graph.
             from transformers.loss.loss_utils import LOSS_MAPPING
 
             return LOSS_MAPPING.get(str(getattr(model, "loss_type", None)), LOSS_MAPPING["ForCausalLM"])
@@ -507,8 +508,15 @@ def _loss(module: Any) -> Swap | None:
         except Exception:  # it needs the logits
             continue
         if _same(getattr(ours, "loss", None), getattr(theirs, "loss", torch.empty(0))):
-            return _CausalLM, {"_head": head, "_arguments": arguments, "_stand_in": stand_in}
+            options = {"_head": head, "_arguments": arguments, "_stand_in": stand_in}
+            return _CausalLM, {**options, "_has_default_loss": _has_default_loss(type(module))}
     return None
+
+
+def _has_default_loss(model: type) -> bool:
+    from transformers import PreTrainedModel
+
+    return inspect.getattr_static(model, "loss_function", None) is inspect.getattr_static(PreTrainedModel, "loss_function")
 
 
 def _head_of(module: Any) -> str | None:
