@@ -208,8 +208,9 @@ def _adamw_torch(u: Update) -> None:
     grads, scale = u.grads, u.grad_scale
     if u.norm is not None:
         factor: Any = u.factor()
-        if grads[0].dtype == torch.float64:  # scale is float32, and 1 / factor may be larger than that
-            grads, scale = list(torch._foreach_mul(grads, factor)), None
+        if not widened and grads[0].dtype in (torch.float64, torch.float16):  # 1 / factor may leave float32, or float16
+            # A number times a number, of no dimension both, would have the dtype of the wider.
+            grads, scale = [grad.to(grads[0].dtype) for grad in torch._foreach_mul(grads, factor)], None
         else:
             grads, scale = grads if widened else [grad.clone() for grad in grads], (1 / factor).float()
     lists = [u.masters or u.params, grads, u.exp_avgs, u.exp_avg_sqs, u.max_exp_avg_sqs]
