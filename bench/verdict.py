@@ -432,7 +432,7 @@ CASES: dict[str, list[Case]] = {
         _attention(causal=True, s=1024, d=192, dv=128),
         _attention(causal=True, s=777, dtype=F32),
         _attention(causal=True, s=1, t=2000),
-        _attention(causal=True, s=1000, g=2, d=512),
+        _attention(causal=True, s=1000, d=512),
         _attention(causal=True, s=700, g=1, d=576, dv=512),
     ],
     "attention_features": [
