@@ -358,8 +358,6 @@ def _check_sdpa(
             raise ValueError(f"attn_mask: got dtype {attn_mask.dtype}, allowed are bool, float32 and query's {query.dtype}")
         if attn_mask.device != query.device:
             raise ValueError(f"attn_mask: got device {attn_mask.device}, query is on {query.device}")
-    if value.numel() == 0 or 0 in query.shape[:-1]:
-        return  # PyTorch gives nothing or zeros, whatever else is given
     if attn_mask is not None and is_causal:
         raise ValueError("is_causal: cannot be True when attn_mask is given")
     if not 0.0 <= dropout_p <= 1.0:
@@ -464,7 +462,16 @@ def scaled_dot_product_attention(
         given = [tensor for tensor in (query, key, value, attn_mask) if tensor is not None]
         if any(has_functions(tensor) or is_traceable_wrapper_subclass(tensor) for tensor in given):
             return _torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        _check_sdpa(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+        try:
+            _check_sdpa(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+        except ValueError as refusal:
+            no_heads = enable_gqa and 0 in (key.shape[-3:-2] + value.shape[-3:-2])  # PyTorch divides by their number
+            if no_heads or (value.numel() > 0 and 0 not in query.shape[:-1]):
+                raise
+            try:  # where there is nothing to compute, PyTorch from 2.13 on gives zeros, whatever else does not fit
+                return _torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+            except RuntimeError:
+                raise refusal from None
     function = choose("attention", query.device.type, backend)
     out: Tensor = function(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return out
