@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tests.test_patch import batch, build
 from wikigpt.integrations import lazy_logits
+from wikigpt.integrations import patch as patching
 from wikigpt.integrations.lazy_logits import LazyHead, LazyLogits
 from wikigpt.integrations.transformers import patch
 
@@ -392,3 +393,26 @@ def test_a_compiled_model_gives_them_too():
     assert isinstance(outputs.logits, LazyLogits)
     torch.testing.assert_close(outputs.logits[:, 1:].argmax(-1), plain.logits[:, 1:].argmax(-1))
     torch.testing.assert_close(outputs.logits.tensor(), plain.logits)
+
+
+class LossAndLogits(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, labels):
+        return self.model(input_ids=input_ids, labels=labels, use_cache=False)
+
+
+strict = pytest.mark.skipif(
+    not patching._TELLS_EXPORT_FROM_COMPILE, reason="torch too old: it does not tell export from compile"
+)
+
+
+@pytest.mark.parametrize("mode", [False, pytest.param(True, marks=strict)], ids=["default", "strict"])
+def test_an_exported_model_gives_tensors(mode):
+    model, x = build("Llama"), batch()
+    plain = model(**x)
+    patch(model)
+    outputs = torch.export.export(LossAndLogits(model), (), x, strict=mode).module()(**x)
+    torch.testing.assert_close((outputs.loss, outputs.logits), (plain.loss, plain.logits))

@@ -185,9 +185,13 @@ class _CausalLM(_Swapped):
         return type(outputs)(**{name: value for name, value in outputs.items() if not isinstance(value, LazyLogits)})
 
 
+# Older ones say is_exporting() inside torch.compile too (2.11).
+_TELLS_EXPORT_FROM_COMPILE = torch.__version__ >= "2.13"  # a TorchVersion
+
+
 def _is_exporting() -> bool:
-    """torch.export knows outputs of its own types only. (torch 2.11 says is_exporting() inside torch.compile too.)"""
-    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    """torch.export knows outputs of its own types only."""
+    return torch.compiler.is_exporting() and (_TELLS_EXPORT_FROM_COMPILE or not torch.compiler.is_dynamo_compiling())
 
 
 class _WithLazyHead:
