@@ -212,17 +212,23 @@ def _turn_on_cpu(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, 
     return apply_rotary_emb_reference(x, cos, sin, positions, interleaved)
 
 
+def _kept(tensors: tuple[Tensor, ...], cos: Tensor, sin: Tensor, inplace: bool) -> tuple[Tensor, ...]:
+    """Copies of what is to be overwritten, where the gradient of cos or sin has to read it."""
+    needed = inplace and torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
+    return tuple(x.clone() for x in tensors) if needed else tensors
+
+
 def _torch(
     tensors: tuple[Tensor, ...], cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inplace: bool
 ) -> tuple[Tensor, ...]:
-    turned = [_turn_on_cpu(x, cos, sin, positions, interleaved) for x in tensors]
+    turned = [_turn_on_cpu(x, cos, sin, positions, interleaved) for x in _kept(tensors, cos, sin, inplace)]
     return tuple(x.copy_(y) for x, y in zip(tensors, turned)) if inplace else tuple(turned)
 
 
 def _reference(
     tensors: tuple[Tensor, ...], cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inplace: bool
 ) -> tuple[Tensor, ...]:
-    turned = [apply_rotary_emb_reference(x, cos, sin, positions, interleaved) for x in tensors]
+    turned = [apply_rotary_emb_reference(x, cos, sin, positions, interleaved) for x in _kept(tensors, cos, sin, inplace)]
     return tuple(x.copy_(y) for x, y in zip(tensors, turned)) if inplace else tuple(turned)
 
 

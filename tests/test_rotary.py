@@ -173,6 +173,23 @@ def test_in_place_writes_into_x_and_has_the_same_gradient(interleaved, backend):
         torch.testing.assert_close(torch.autograd.grad(turned, leaf, grad), torch.autograd.grad(expected, leaf, grad))
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("learnt", [("sin",), ("cos", "sin"), ("x", "cos", "sin")], ids="-".join)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_in_place_the_angles_have_the_same_gradient(interleaved, learnt, dtype, backend):
+    """Which reads the x that was overwritten."""
+    tables = dict(zip(("cos", "sin"), rotary_cos_sin(torch.arange(9), 8)))
+    leaves = {"x": random(2, 5, 9, 12, dtype=dtype), **tables}
+    leaves = {name: leaf.requires_grad_(name in learnt) for name, leaf in leaves.items()}
+
+    def gradients(**options):
+        y = apply_rotary_emb(leaves["x"] * 1, leaves["cos"], leaves["sin"], interleaved=interleaved, **options)
+        return torch.autograd.grad(y.float().square().sum(), [leaves[name] for name in learnt])
+
+    torch.testing.assert_close(gradients(inplace=True, backend=backend), gradients(backend="reference"))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_in_place_on_a_view_of_a_projection_reaches_the_projections_gradient(backend):
     cos, sin = rotary_cos_sin(torch.arange(9), 8)
