@@ -261,12 +261,18 @@ def _with_our_rotary(forward: Any, name: str) -> Any:
     return _copy_of(forward, {**{k: v for k, v in forward.__globals__.items() if k != "__name__"}, name: rotate})
 
 
+def _holds(cell: types.CellType, function: Any) -> bool:
+    try:
+        return cell.cell_contents is function
+    except ValueError:  # an empty one
+        return False
+
+
 def _around(decorated: Any, function: Any) -> Any:
     """A copy of the decorated function that calls `function` in the place of what it was put around."""
-    made = _copy_of(decorated, decorated.__globals__)
     cells = decorated.__closure__ or ()
-    closure = tuple(types.CellType(function) if c.cell_contents is decorated.__wrapped__ else c for c in cells)
-    made = types.FunctionType(made.__code__, made.__globals__, made.__name__, made.__defaults__, closure)
+    closure = tuple(types.CellType(function) if _holds(cell, decorated.__wrapped__) else cell for cell in cells)
+    made = types.FunctionType(decorated.__code__, decorated.__globals__, decorated.__name__, decorated.__defaults__, closure)
     made.__kwdefaults__ = decorated.__kwdefaults__
     return functools.wraps(function)(made)
 
@@ -412,7 +418,7 @@ def _mlp(module: nn.Module, swap: Any, inputs: list[Tensor]) -> Swap | None:
 def _rotary(module: nn.Module) -> Swap | None:
     forward = type(module).forward
     while isinstance(forward, types.FunctionType) and hasattr(forward, "__wrapped__"):
-        if not any(cell.cell_contents is forward.__wrapped__ for cell in forward.__closure__ or ()):
+        if not any(_holds(cell, forward.__wrapped__) for cell in forward.__closure__ or ()):
             return None  # a decorator that cannot be put around another function
         forward = forward.__wrapped__
     if not isinstance(forward, types.FunctionType):
