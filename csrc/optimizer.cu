@@ -102,7 +102,6 @@ __device__ __forceinline__ bool is_last_block(unsigned int* ticket) {
 // --- norm ---
 
 constexpr int kNormTensors = 1480;
-constexpr double kLargestFloat = std::numeric_limits<float>::max();  // the square of 1.8e19
 
 struct NormTable {
   const void* grad[kNormTensors];
@@ -168,7 +167,8 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(
     const int n = static_cast<int>(min(static_cast<long long>(kNormChunk), table.numel[i] - begin));
     const G* grad = static_cast<const G*>(table.grad[i]) + begin;
     total = sum_of_squares<T>(grad, n);
-    if (sizeof(T) < sizeof(double) && total > kLargestFloat) total = sum_of_squares<double>(grad, n);
+    if (sizeof(T) < sizeof(double) && total > double(kLargest<float>))  // the square of 1.8e19
+      total = sum_of_squares<double>(grad, n);
   }
   total = sum_over_block(total);
   __shared__ bool last;

@@ -46,6 +46,9 @@ struct Options {
   bool norm_is_double, decoupled, zero_grad, stochastic;
 };
 
+template <typename T>
+constexpr T kLargest = std::numeric_limits<T>::max();
+
 // decay * old + (1 - decay) * x with one rounded coefficient w, the smaller one: as old - w old + w x, or x - w x + w old. So
 // neither a slow average (the sum of two rounded coefficients would not be 1) nor a fast one loses digits. No difference of old
 // and x is taken, which could overflow.
@@ -60,8 +63,7 @@ struct Average {
   // Of x^2. Where even (1 - decay) x^2 leaves T the average is infinite from then on, and the step of that element 0, as in
   // torch.optim: an infinite `old` must not meet its own negative, which would be NaN.
   WIKIGPT_SHARED T of_square(T old, T x) const {
-    constexpr T kLargest = std::numeric_limits<T>::max();
-    const T part = old < kLargest || weight < 0 ? old : kLargest;
+    const T part = old < kLargest<T> || weight < 0 ? old : kLargest<T>;
     return (weight * x + (fast ? x : T(0))) * x + ((fast ? T(0) : old) - weight * part);
   }
 };
