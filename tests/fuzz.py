@@ -449,6 +449,9 @@ def disagreement(ours: Tensor, beside: list[Tensor], truth: Tensor, near: list[T
     """The numeric rule: the error against float64 is at most twice plain PyTorch's or what a rounding of the inputs makes, plus
     the rounding of the result and a tiny term. Where plain PyTorch or the rounded problem is not finite nothing is asked; where
     the truth is not finite, ours is not."""
+    if truth.is_complex():
+        ours, truth = torch.view_as_real(ours), torch.view_as_real(truth).double()
+        beside, near = ([torch.view_as_real(x) for x in tensors] for tensors in (beside, near))
     if not truth.is_floating_point():
         return None if torch.equal(ours, beside[0]) else f"got {ours.tolist()}, the reference has {beside[0].tolist()}"
     if truth.numel() == 0:

@@ -264,8 +264,8 @@ def _more_of_sdpa(call: Call, eps: float) -> dict[str, float]:
     q, k, v, mask = a["query"], a["key"], a["value"], a.get("attn_mask")
     if any(isinstance(x, Tensor) and x.numel() == 0 for x in a.values()):
         return {}
-    if a.get("enable_gqa") and k.dim() > 2 and k.shape[-3]:
-        k, v = (x.repeat_interleave(q.shape[-3] // k.shape[-3], dim=-3) for x in (k, v))
+    if a.get("enable_gqa"):
+        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], dim=-3) for x in (k, v))
     scale = a.get("scale")
     scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     if a.get("is_causal"):
@@ -615,7 +615,7 @@ def _more_of_norm(call: Call) -> dict[str, float]:
     """A difference from the mean is divided by the deviation: of few features, nearly equal ones above all, it is rounding."""
     a = {name: x.detach() if isinstance(x, Tensor) else x for name, x in built(call, wide=True).items()}
     x = a.get("x", a.get("input", a.get("hidden_states")))
-    if not x.numel():
+    if not x.numel() or x.is_complex():
         return {}
     x = x if a.get("residual") is None else x + a["residual"]
     eps = a.get("eps", a.get("variance_epsilon", 1e-6)) or FLOAT32
