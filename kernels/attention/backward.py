@@ -32,7 +32,6 @@ from .forward import (
 from .reference import Inputs
 from .tile import (
     CHANGING,
-    exponential,
     kept_by_dropout,
     load_tile,
     modified_scores,
@@ -50,8 +49,8 @@ from .tile import (
 
 @triton.jit
 def _top(lse, BIAS: tl.constexpr):
-    """lse as `exponential` takes it. A row without keys has lse -inf: any finite number gives it the weights 0 that its scores
-    of -inf ask for."""
+    """lse as it enters the exponent (see tile.py). A row without keys has lse -inf: any finite number gives it the weights 0
+    that its scores of -inf ask for."""
     lse = tl.where(lse == float("-inf"), 0.0, lse)
     return lse if BIAS else lse * 1.4426950408889634
 
@@ -246,7 +245,7 @@ def _dq(
                         qk, i[:, None], j[None, :], inside, diagonal, scale, softcap, slope, bias, stride_bias_s,
                         stride_bias_t, SOFTCAP,
                     )  # fmt: skip
-                    p = exponential(qk, lse[:, None], factor, Bias is not None)
+                    p = tl.exp2((qk - lse[:, None]) * factor if Bias is not None else qk * factor - lse[:, None])
                     if MASKED:
                         keep = seen(
                             i[:, None], j[None, :], inside, diagonal, left, right, mask, stride_mask_s, stride_mask_t, LEFT,
@@ -462,7 +461,7 @@ def _dkdv(
                             qk, i[None, :], j[:, None], inside, diagonal, scale, softcap, slope, bias, stride_bias_s,
                             stride_bias_t, SOFTCAP,
                         )  # fmt: skip
-                        p = exponential(qk, lse[None, :], factor, Bias is not None)
+                        p = tl.exp2((qk - lse[None, :]) * factor if Bias is not None else qk * factor - lse[None, :])
                         if Bias is not None:
                             p *= tl.load(Inverse + row_base + i, mask=i < sq, other=0.0)[None, :]
                         if MASKED:
@@ -657,7 +656,7 @@ def _dbias(
                     keep = seen(
                         i[:, None], j[None, :], inside, diagonal, left, right, mask, stride_mask_s, stride_mask_t, LEFT, RIGHT
                     )
-                    p = tl.where(keep, exponential(qk, lse[:, None], 1.4426950408889634, True), 0.0) * inverse[:, None]
+                    p = tl.where(keep, tl.exp2((qk - lse[:, None]) * 1.4426950408889634), 0.0) * inverse[:, None]
                     if DROPOUT:
                         kept = kept_by_dropout(seed_key, seed_counter, bh, i0, j0, threshold, BLOCK_M, BLOCK_N)
                         dp = tl.where(kept, dp * keep_scale, 0.0)

@@ -21,7 +21,6 @@ from .tile import (
     CHANGING,
     block_list,
     clear_tails,
-    exponential,
     kept_by_dropout,
     load_tile,
     modified_scores,
@@ -225,7 +224,7 @@ def _forward(
                     new_max = tl.maximum(row_max, tile_max)
                     # A row that has not seen a key yet: -inf - -inf would be NaN.
                     safe_max = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED == 1 or Bias is not None else new_max
-                    p = exponential(qk, safe_max[:, None], factor, Bias is not None)
+                    p = tl.exp2((qk - safe_max[:, None]) * factor if Bias is not None else qk * factor - safe_max[:, None])
                     shrink = row_max - safe_max
                     shrink = tl.exp2(shrink * factor if Bias is not None else shrink)
                     row_sum = row_sum * shrink + tl.sum(p, 1)

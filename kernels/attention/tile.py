@@ -2,7 +2,9 @@
 
 A tile's rows are query positions i, its columns key positions j, both counted within their sequence. Scores are computed in
 natural units only where something besides the scale changes them; otherwise the raw products stay, and `factor` (scale times
-log2 e) enters the exponent's fused multiply-add.
+log2 e) enters the exponent's fused multiply-add, exp2(s * factor - m). With a bias the maximum m and lse are natural too, and
+the difference comes first, exp2((s - m) * factor): a mask of finfo.min times log2 e would be -inf, and where scores lie far
+from 0 only their difference is exact.
 """
 
 import triton
@@ -187,14 +189,6 @@ def modified_scores(
             bias = tl.where(bias == float("-inf"), bias, tl.maximum(bias, lowest))
         qk += bias.to(tl.float32)
     return qk, derivative
-
-
-@triton.jit
-def exponential(scores, top, factor, BIAS: tl.constexpr):
-    """exp(scores - top), where `factor` takes scores to units of log 2. Without a bias top is in these units, for one fused
-    multiply-add. With one it is in the scores' own: a mask of finfo.min times log2 e would be -inf, and where scores lie far
-    from 0 only their difference is exact."""
-    return tl.exp2((scores - top) * factor) if BIAS else tl.exp2(scores * factor - top)
 
 
 @triton.jit
