@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -137,16 +138,18 @@ def _check_lengths(x: Inputs) -> None:
         raise ValueError(f"max_seqlen: got {x.max_seqlen_q} and {x.max_seqlen_k}, must be 0 or more")
     if x.cu_seqlens_q is None and x.seqused_k is None:
         return
-    if checks_values(x.q.device.type) and all(map(readable, (x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_k))):
+    if checks_values(x.q.device.type) and readable(x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_k):
         check_values(x)
 
 
-def readable(tensor: Tensor | None) -> bool:
+def readable(*tensors: Tensor | None) -> bool:
     """Whether the values can be looked at: not of a fake tensor, nor of one that torch.func maps."""
-    if tensor is None:
-        return True
-    own = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    return not own and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    if torch._C._are_functorch_transforms_active() and any(
+        tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors
+    ):
+        return False
+    kinds = {type(tensor) for tensor in tensors if tensor is not None} - {Tensor}
+    return all(kind.__torch_dispatch__ is Tensor.__torch_dispatch__ for kind in kinds)
 
 
 def check_values(x: Inputs) -> None:
@@ -451,7 +454,8 @@ def scaled_dot_product_attention(
     )
     if simple:
         q, k = query.shape, key.shape
-        simple = len(q) == 4 and value.shape == k and q[:2] == k[:2] and q[3] == k[3] and query.dtype in _FLOATS
+        simple = len(q) == 4 and value.shape == k and q[0] == k[0] and q[3] == k[3] and query.dtype in _FLOATS
+        simple = simple and k[1] > 0 and (q[1] == k[1] or (enable_gqa and q[1] % k[1] == 0))
     if not simple or (attn_mask is not None and (is_causal or not _is_simple(attn_mask, query, key))):
         for name, tensor in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
             if not isinstance(tensor, Tensor) and not (tensor is None and name == "attn_mask"):
@@ -468,10 +472,14 @@ def scaled_dot_product_attention(
             no_heads = enable_gqa and 0 in (key.shape[-3:-2] + value.shape[-3:-2])  # PyTorch divides by their number
             if no_heads or (value.numel() > 0 and 0 not in query.shape[:-1]):
                 raise
-            try:  # where there is nothing to compute, PyTorch from 2.13 on gives zeros, whatever else does not fit
-                return _torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+            try:  # where there is nothing to compute, PyTorch 2.13 gives zeros, whatever else does not fit
+                with sdpa_kernel(SDPBackend.MATH):
+                    return _torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
             except RuntimeError:
                 raise refusal from None
+        if query.shape[-3:-2] == (0,):  # PyTorch 2.11, where it chooses a kernel or repeats heads, divides by their number
+            with sdpa_kernel(SDPBackend.MATH):
+                return _torch(query, key, value, attn_mask, dropout_p, is_causal, scale, False)
     function = choose("attention", query.device.type, backend)
     out: Tensor = function(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return out

@@ -26,6 +26,7 @@ def why_not(x: Inputs, need_lse: bool) -> str | None:
         "window_size": x.window_left >= 0 or x.window_right > 0,
         "more queries than keys": x.window_right == 0 and s > t,
         "no keys": t == 0,
+        "no heads": x.q.shape[-2] == 0,
         "softmax_scale 0": x.softmax_scale == 0,  # it makes -inf * 0 = NaN of masked scores
     }
     return next((name for name, present in has.items() if present), None)

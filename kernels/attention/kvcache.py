@@ -274,7 +274,7 @@ def _check(x: CacheInputs) -> CacheInputs:
     if x.cache_seqlens is None and not 0 <= x.start <= x.capacity - x.n_new:
         raise ValueError(f"cache_seqlens: got {x.start}, the cache has room for 0 to {x.capacity - x.n_new}")
     indices = (x.cache_seqlens, x.cache_batch_idx, x.cache_leftpad, x.block_table)
-    if checks_values(x.q.device.type) and all(map(readable, indices)):
+    if checks_values(x.q.device.type) and readable(*indices):
         _check_values(x)
     return x
 
