@@ -276,7 +276,11 @@ def wikigpt_mask(**problem: Any) -> Tensor | None:
     if left >= n_keys - 1:
         left = -1
     if sequences is None and padding is None and left < 0 and right <= 0 and n_keys == t:
-        return None
+        config = problem.get("config")
+        # PaliGemma: its layers call themselves bidirectional, its mask is causal all the same for text alone.
+        told = right < 0 or s == 1 or not getattr(getattr(config, "text_config", config), "use_bidirectional_attention", None)
+        if told:
+            return None
     if s == 1:
         return sdpa_mask(**full)  # no larger than its description
     cu_seqlens, max_seqlen = None, 0
