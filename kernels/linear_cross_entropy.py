@@ -73,7 +73,8 @@ def _logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) ->
 
 def compute_dtype(input: Tensor, linear_weight: Tensor) -> torch.dtype:
     """Of the matrix products: autocast's where it is on, as F.linear."""
-    if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
+    # PyTorch knows no autocast of meta tensors.
+    if not input.is_meta and torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
         return torch.get_autocast_dtype(input.device.type)
     return torch.promote_types(input.dtype, linear_weight.dtype)
 
@@ -790,10 +791,11 @@ def linear_cross_entropy(
     IndexError on the CPU and under `debug_checks()`; otherwise its loss and gradients are NaN on a GPU.
     """
     ignore_index = -100 if ignore_index is None else ignore_index
-    if not input.is_floating_point():
-        raise TypeError(f"input: got dtype {input.dtype}, allowed are floating-point dtypes")
-    if not linear_weight.is_floating_point():
-        raise TypeError(f"linear_weight: got dtype {linear_weight.dtype}, allowed are floating-point dtypes")
+    for name, matrix in (("input", input), ("linear_weight", linear_weight)):
+        if not matrix.is_floating_point() or matrix.element_size() == 1:
+            raise TypeError(f"{name}: got dtype {matrix.dtype}, allowed are float16, bfloat16, float32 and float64")
+    if input.dim() == 0:
+        raise ValueError("input: got a scalar, need (..., D)")
     plain = linear_weight.dim() == 2 and target.shape == input.shape[:-1]
     if target.is_floating_point() and plain:
         raise TypeError(f"target: got dtype {target.dtype}, class indices in this shape are int64 or uint8")
@@ -829,6 +831,8 @@ def linear_cross_entropy(
         )
     if not plain:
         raise ValueError(f"target: got shape {tuple(target.shape)}, input needs {tuple(input.shape[:-1])}")
+    if function is linear_cross_entropy_reference and checks_values(input.device.type):
+        check_targets(target.reshape(-1), linear_weight.shape[0], ignore_index)  # PyTorch's error names no argument
     result = function(
         # Not -1, which has no answer for D = 0.
         _packed(input.reshape(target.numel(), input.shape[-1])),

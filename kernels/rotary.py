@@ -35,18 +35,36 @@ from ._dispatch import (
 def rotary_cos_sin(
     positions: Tensor, head_dim: int, theta: float = 10_000.0, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin (S, D / 2) of the angles position * theta^(-2i / D), computed in float32 (float64 if dtype is)."""
+    """cos and sin (S, D / 2) of the angles position * theta^(-2i / D), computed in float32 (float64 if dtype is). ValueError or
+    TypeError for a head_dim that is no whole number from 0 on, and a dtype that is not floating."""
+    if not hasattr(head_dim, "__index__"):
+        raise TypeError(f"head_dim: got {head_dim!r}, need a whole number")
+    if head_dim < 0:
+        raise ValueError(f"head_dim: got {head_dim}, must be 0 or more")
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype: got {dtype}, allowed are floating-point dtypes")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     exponent = torch.arange(0, int(head_dim), 2, device=positions.device, dtype=torch.int64).to(wide) / int(head_dim)
     angle = positions.to(wide)[..., None] * (1.0 / float(theta) ** exponent)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
+def _rows(table: Tensor, positions: Tensor) -> Tensor:
+    try:
+        # index_select, unlike an index, counts no position from the end.
+        rows = table.index_select(0, positions.flatten())
+    except (IndexError, RuntimeError):
+        outside = positions[(positions < 0) | (positions >= table.shape[0])]
+        if outside.numel() == 0:
+            raise
+        raise IndexError(f"positions: got {int(outside[0])}, the table has 0 to {table.shape[0] - 1}") from None
+    return rows.view(*positions.shape, table.shape[1])
+
+
 def _angles(cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
     """cos and sin that broadcast to (B, H, S, R / 2)."""
     if positions is not None:
-        # index_select, unlike an index, counts no position from the end.
-        cos, sin = (table.index_select(0, positions.flatten()).view(*positions.shape, table.shape[1]) for table in (cos, sin))
+        cos, sin = (_rows(table, positions) for table in (cos, sin))
     return (cos, sin) if cos.dim() == 2 else (cos[:, None], sin[:, None])
 
 

@@ -313,9 +313,9 @@ def _sample(
     backend: str | None,
     joint: bool,
 ) -> Tensor:
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.element_size() == 1:
         kind = f"dtype {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"logits: got {kind}, allowed are tensors of a floating-point dtype")
+        raise TypeError(f"logits: got {kind}, allowed are tensors of float16, bfloat16, float32 and float64")
     if logits.dim() == 0 or not 0 < logits.shape[-1] <= 2**30:
         raise ValueError(f"logits: got shape {tuple(logits.shape)}, must be (..., V) with V from 1 to 2^30")
     device = logits.device
@@ -343,6 +343,17 @@ def _sample(
     return ids if logits.dim() == 2 else ids.reshape(shape)
 
 
+def _check_indices(logits: Tensor, indices: Tensor) -> None:
+    if logits.dim() != 2:
+        raise ValueError(f"logits: got shape {tuple(logits.shape)}, need (B, V) with indices")
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"indices: got dtype {indices.dtype}, allowed are int32 and int64")
+    if indices.dim() != 1 or indices.device != logits.device:
+        raise ValueError(f"indices: got shape {tuple(indices.shape)} on {indices.device}, need (B,) on {logits.device}")
+    if checks_values(logits.device.type) and ((indices < 0) | (indices >= logits.shape[0])).any():
+        raise ValueError(f"indices: got {indices.tolist()}, logits have {logits.shape[0]} rows")
+
+
 def top_k_top_p_sampling_from_logits(
     logits: Tensor,
     top_k: int | Tensor,
@@ -364,6 +375,7 @@ def top_k_top_p_sampling_from_logits(
     if filter_apply_order not in ("top_k_first", "joint"):
         raise ValueError(f"filter_apply_order: got {filter_apply_order!r}, allowed are 'top_k_first' and 'joint'")
     if indices is not None:
+        _check_indices(logits, indices)
         logits = logits.index_select(0, indices)
     joint = filter_apply_order == "joint"
     return _sample(logits, 1.0, top_k, top_p, None, generator, seed, offset, check_nan, None, joint)

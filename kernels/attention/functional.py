@@ -135,7 +135,7 @@ def _check_lengths(x: Inputs) -> None:
         if tensor.device != x.q.device:
             raise ValueError(f"{name}: got device {tensor.device}, q is on {x.q.device}")
     if x.cu_seqlens_q is not None and (x.max_seqlen_q < 0 or x.max_seqlen_k < 0):
-        raise ValueError(f"max_seqlen: got {x.max_seqlen_q} and {x.max_seqlen_k}, must be 0 or more")
+        raise ValueError(f"max_seqlen_q, max_seqlen_k: got {x.max_seqlen_q} and {x.max_seqlen_k}, must be 0 or more")
     if x.cu_seqlens_q is None and x.seqused_k is None:
         return
     if checks_values(x.q.device.type) and readable(x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_k):
@@ -189,7 +189,8 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float()
+    # What is no float is refused later, by its name.
+    return tensor.float() if tensor is not None and tensor.is_floating_point() else tensor
 
 
 def _at_least_2d(mask: Tensor) -> Tensor:
@@ -529,7 +530,7 @@ def _flash(
     left, right = _window(window_size, causal)
     dropout_p = 0.0 if dropout_p is None else dropout_p
     softcap = 0.0 if softcap is None else softcap
-    default = 1 / math.sqrt(max(q.shape[-1], 1))
+    default = 1 / math.sqrt(max(q.shape[-1], 1)) if q.dim() else 1.0
     x = Inputs(
         q,
         k,

@@ -42,7 +42,7 @@ def fused(x: Inputs) -> Tensor:
         mask = visible(s, t, -1, x.window_right, diagonal, q.device)
         if x.alibi_slopes is not None:
             i, j = torch.arange(s, device=q.device)[:, None], torch.arange(t, device=q.device)
-            bias = -x.alibi_slopes.to(q.dtype).reshape(-1, q.shape[1], 1, 1) * (i + diagonal - j).abs()
+            bias = -x.alibi_slopes.to(q.dtype)[..., None, None] * (i + diagonal - j).abs()  # (H, S, T) or (B, H, S, T)
             mask = bias.masked_fill(~mask, -math.inf)
     out = F.scaled_dot_product_attention(
         q, k, v, mask, x.dropout_p, causal and mask is None, scale=x.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]

@@ -418,7 +418,7 @@ def flash_attn_with_kvcache(
         q, k, v = (_cast(tensor, k_cache.dtype) for tensor in (q, k, v))
     left, right = _window(window_size, causal)
     softcap = 0.0 if softcap is None else softcap
-    default = 1 / math.sqrt(max(q.shape[-1], 1))
+    default = 1 / math.sqrt(max(q.shape[-1], 1)) if q.dim() else 1.0
     x = CacheInputs(
         q,
         k_cache,

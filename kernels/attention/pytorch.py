@@ -327,6 +327,8 @@ def varlen_attn(
     Raises ValueError or TypeError for what does not fit.
     """
     check_tensors("query key value", (query, key, value))
+    if query.dim() != 3 or key.dim() < 2:
+        raise ValueError(f"query: got shape {tuple(query.shape)} with key {tuple(key.shape)}, need (tokens, heads, head_dim)")
     heads, groups = query.shape[1], key.shape[-2]
     if heads != groups and not enable_gqa:
         raise ValueError(f"key: got {groups} heads for {heads} query heads, they need enable_gqa=True")

@@ -18,6 +18,7 @@ right, as flash-attn) or 0 (top_left, as torch). A row without any key gives 0 a
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass, replace
 
 import torch
@@ -156,7 +157,7 @@ def _dense(x: Inputs, first_batch: int = 0) -> tuple[Tensor, Tensor]:
         scores = x.softcap * torch.tanh(scores / x.softcap)
     if x.alibi_slopes is not None:
         i, j = torch.arange(s, device=q.device)[:, None], torch.arange(t, device=q.device)
-        slopes = x.alibi_slopes.to(scores.dtype).reshape(-1, q.shape[1], 1, 1)
+        slopes = x.alibi_slopes.to(scores.dtype)[..., None, None]  # (H, 1, 1) or (B, H, 1, 1)
         scores = scores - slopes * (i + diagonal - j).abs()
     if x.bias is not None:
         scores = scores + x.bias
@@ -171,7 +172,9 @@ def _dense(x: Inputs, first_batch: int = 0) -> tuple[Tensor, Tensor]:
     empty = (scores == -math.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(empty, 0.0)
     wide = scores.double() if scores.dtype == torch.float64 else scores.float()
-    lse = torch.logsumexp(wide, -1).masked_fill(empty[..., 0], -math.inf)
+    # Not logsumexp, whose gradient exp(score - lse) is 1 for every key of a row that lies at -1e30.
+    largest = wide.detach().amax(-1, keepdim=True) if wide.shape[-1] else wide.new_zeros(*wide.shape[:-1], 1)
+    lse = ((wide - largest).exp().sum(-1).log() + largest[..., 0]).masked_fill(empty[..., 0], -math.inf)
     weights = torch.softmax(scores, -1).masked_fill(empty, 0.0)[..., :t]
     if x.dropout_p > 0:
         assert x.seed is not None
@@ -233,6 +236,31 @@ def attention_reference(x: Inputs) -> tuple[Tensor, Tensor]:
     return out, torch.cat([lse[0] for _, lse in results], dim=1)
 
 
+def _check_weights(query: Tensor, key: Tensor, attn_mask: Tensor | None, alibi_slopes: Tensor | None) -> None:
+    for name, tensor in (("query", query), ("key", key), ("attn_mask", attn_mask), ("alibi_slopes", alibi_slopes)):
+        if tensor is None:
+            continue
+        if tensor.device != query.device:
+            raise ValueError(f"{name}: got device {tensor.device}, query is on {query.device}")
+        boolean = name == "attn_mask" and tensor.dtype == torch.bool
+        if not boolean and (not tensor.is_floating_point() or tensor.element_size() == 1):
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, allowed are float16, bfloat16, float32 and float64")
+    if query.dim() != 4:
+        raise ValueError(f"query: got {query.dim()} dimensions, need 4: (batch, heads, positions, head_dim)")
+    batch, heads, s, dim = query.shape
+    if key.dim() != 4 or key.shape[0] != batch or key.shape[3] != dim or key.dtype != query.dtype:
+        raise ValueError(f"key: got shape {tuple(key.shape)} of {key.dtype}, query has {tuple(query.shape)} of {query.dtype}")
+    groups, t = key.shape[1:3]
+    if heads != groups and (groups == 0 or heads % groups):
+        raise ValueError(f"key: got {groups} heads for {heads} query heads, they must divide the query's")
+    if attn_mask is not None:
+        full = (batch, heads, s, t)
+        if attn_mask.dim() > 4 or any(n not in (1, m) for n, m in zip(reversed(attn_mask.shape), reversed(full))):
+            raise ValueError(f"attn_mask: got shape {tuple(attn_mask.shape)}, must broadcast to {full}")
+    if alibi_slopes is not None and tuple(alibi_slopes.shape) != (heads,):
+        raise ValueError(f"alibi_slopes: got shape {tuple(alibi_slopes.shape)}, need ({heads},)")
+
+
 def attention_weights(
     query: Tensor,
     key: Tensor,
@@ -244,13 +272,15 @@ def attention_weights(
     """The softmax weights (B, H, S, T). Arguments as `scaled_dot_product_attention`; rows without a key are 0.
 
     As in PyTorch, is_causal aligns the diagonal at the top left: query i sees keys 0..i; alibi_slopes (H) count from there.
+    Fewer key heads than query heads are shared. Raises ValueError or TypeError for what does not fit.
     """
     from .functional import check_tensors  # which imports this module
 
     check_tensors("query key attn_mask alibi_slopes", (query, key), (attn_mask, alibi_slopes))
+    _check_weights(query, key, attn_mask, alibi_slopes)
     if key.shape[-3] != query.shape[-3]:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scale = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
     scores = query @ key.transpose(-2, -1) * scale  # (B, H, S, T)
     if alibi_slopes is not None:
         i, j = (torch.arange(n, device=query.device) for n in scores.shape[-2:])
@@ -268,7 +298,13 @@ def attention_weights(
 
 
 def alibi_slopes(n_heads: int) -> Tensor:
-    """The slopes (n_heads) of ALiBi (Press et al. 2022): a geometric sequence from 2^(-8/n); float32."""
+    """The slopes (n_heads) of ALiBi (Press et al. 2022): a geometric sequence from 2^(-8/n); float32. ValueError or TypeError
+    unless n_heads is a whole number from 1 on."""
+    if not hasattr(n_heads, "__index__"):
+        raise TypeError(f"n_heads: got {n_heads!r}, need a whole number")
+    n_heads = operator.index(n_heads)
+    if n_heads < 1:
+        raise ValueError(f"n_heads: got {n_heads}, need 1 or more")
 
     def powers(n: int) -> list[float]:
         return [2 ** (-8 * (i + 1) / n) for i in range(n)]
