@@ -52,7 +52,7 @@ def register() -> None:
     AttentionMaskInterface.register(NAME_EAGER_MASKS, eager_mask)
     # What every model calls with its own and every part's implementation, when it is made and when it is changed.
     checked = PreTrainedModel.get_correct_attn_implementation
-    if not hasattr(checked, "__wrapped__"):
+    if not hasattr(checked, "refuses"):
         PreTrainedModel.get_correct_attn_implementation = _refusing(checked)  # type: ignore[method-assign]
         PreTrainedModel.set_attn_implementation = _refusing_parts(PreTrainedModel.set_attn_implementation)  # type: ignore
 
@@ -79,6 +79,7 @@ def _refusing(checked: Callable[..., str]) -> Callable[..., str]:
             requested_attention = NAME if others else NAME_EAGER_MASKS  # Splinter, NLLB-MoE, DeepSeek V4 look into the mask
         return checked(self, requested_attention, *args, **kwargs)
 
+    get_correct_attn_implementation.refuses = NAME  # type: ignore[attr-defined]
     return get_correct_attn_implementation
 
 
@@ -115,9 +116,13 @@ def _functions(cls: type) -> Iterator[types.FunctionType]:
     for base in cls.__mro__:
         if _is_a_models_own(base):
             for name, member in vars(base).items():
-                member = inspect.unwrap(getattr(member, "fget", None) or getattr(member, "__func__", member))
+                member = getattr(member, "fget", None) or getattr(member, "__func__", member)
                 if isinstance(member, types.FunctionType) and name != "_init_weights":  # which names parts of all the file
-                    yield member
+                    yield _undecorated(member)
+
+
+def _undecorated(value: Any) -> Any:
+    return inspect.unwrap(value) if isinstance(value, types.FunctionType) else value
 
 
 def _is_a_models_own(thing: Any) -> bool:
@@ -143,7 +148,7 @@ def why_not(model: type) -> str | None:
         seen.add(cls)
         names: set[str] = set()
         functions, known = list(_functions(cls)), set()
-        masked = any("mask" in name for function in functions for name in inspect.signature(function).parameters)
+        masked = any("mask" in name for function in functions for name in function.__code__.co_varnames)
         while functions:
             function = functions.pop()
             known.add(function)
@@ -154,7 +159,7 @@ def why_not(model: type) -> str | None:
                 if isinstance(value, dict) and "eager" in value and NAME not in value and isinstance(value["eager"], type):
                     return f"{cls.__name__} takes its attention from {name}, which does not have it"
                 values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-                for part in map(inspect.unwrap, values):
+                for part in map(_undecorated, values):
                     if isinstance(part, types.FunctionType) and part not in known and _is_a_models_own(part):
                         functions.append(part)
                     if not isinstance(part, type) or not issubclass(part, torch.nn.Module) or part in seen:
