@@ -147,7 +147,8 @@ def check_devices(**tensors: Tensor | None) -> None:
 def check_targets(target: Tensor, vocabulary: int, ignore_index: int) -> None:
     """IndexError for a target (N) outside the vocabulary; on a GPU only under `debug_checks`, because it waits."""
     while torch._C._functorch.is_functorch_wrapped_tensor(target):  # the values of all samples, under vmap
-        target = torch._C._functorch.get_unwrapped(target).flatten()
+        target = torch._C._functorch.get_unwrapped(target)
+    target = target.reshape(-1)
     outside = (target != ignore_index) & ((target < 0) | (target >= vocabulary))
     if outside.any():
         i = int(outside.nonzero()[0])
