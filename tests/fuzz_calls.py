@@ -626,6 +626,8 @@ def _more_of_norm(call: Call) -> dict[str, float]:
     large = [1 + float(one.abs().max()) for one in (x, a.get("weight")) if one is not None and one.numel()]
     double = all(t.dtype == "float64" for t in call.tensors().values())
     error = (1e-14 if double else 8 * FLOAT32) * math.prod(large) * float((spread + eps).rsqrt().max())
+    if not math.isfinite(error):
+        return {}
     names = ("x", "input", "hidden_states", "weight", "residual")
     return {"out": error, "out.0": error, **{f"grad of {name}": error for name in names}}
 
@@ -713,7 +715,9 @@ def _torch_module(call: Call, a: dict[str, Any]) -> Any:
         return NotImplemented
     name = call.function.removeprefix("layers.")
     x = a.get("x", a.get("input", a.get("hidden_states")))
-    if a.get("elementwise_affine") is False or {"residual", "dropout_p", "prenorm", "unit_offset"} & set(a):
+    if a.pop("elementwise_affine", True) is False:
+        a = {**a, "weight": None, "bias": None}
+    if {"residual", "dropout_p", "prenorm", "unit_offset"} & set(a):
         return NotImplemented
     eps = a.get("eps", a.get("variance_epsilon", 1e-5 if name == "LayerNorm" else 1e-6))
     if name == "RMSNorm":
@@ -745,7 +749,7 @@ def _norm_module(name: str) -> None:
         draw = a.draw
         norm_arguments(a, biased=name == "LayerNorm")
         hidden = a.found["x"].shape[-1]
-        a.found["size"] = a.value(Option((hidden, (hidden,), [hidden]), (hidden + 1, (2, hidden), ())))
+        a.found["size"] = a.value(Option((hidden, (hidden,), [hidden]), (hidden + 1, (2, hidden))))
         a.maybe("elementwise_affine", one(False), 5)
         outputs = norm_options(a)
         if name == "RMSNorm":
