@@ -10,9 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .._dispatch import Implementation, checks_values, choose, debug_checks, only_on, register, why_not_triton
@@ -202,7 +200,9 @@ def changing(softmax_scale: float | None, default: float, softcap: float) -> Ten
     call. As arguments of an operator they would become constants of the graph, and every value would be compiled again."""
     if not torch.compiler.is_compiling():
         return None
-    if (softmax_scale is None or has_static_value(softmax_scale)) and has_static_value(softcap):
+    # By its full name, because importing it takes a second.
+    static = torch.fx.experimental.symbolic_shapes.has_static_value
+    if (softmax_scale is None or static(softmax_scale)) and static(softcap):
         return None
     one = torch.ones((), dtype=torch.float64, device="cpu")
     return torch.stack([one * (default if softmax_scale is None else softmax_scale), one * softcap])
@@ -397,14 +397,20 @@ def _scores_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
         raise ValueError(f"query, key and value: got shapes {shapes}, whose leading dimensions do not broadcast") from None
 
 
+def _is_causal_bias(tensor: Tensor | None) -> bool:
+    """By name, because importing its module takes a second: it imports the compiler."""
+    return type(tensor).__module__ == "torch.nn.attention.bias"
+
+
 def _translated(query: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tuple[Tensor | None, bool]:
     """(attn_mask, is_causal) with a CausalBias as the flag or the boolean mask that it stands for."""
-    if not isinstance(attn_mask, CausalBias):
+    if attn_mask is None or not _is_causal_bias(attn_mask):
         return None if attn_mask is None else _at_least_2d(attn_mask), is_causal
     if is_causal:
         raise ValueError("is_causal: cannot be True when attn_mask is given")
-    s, t = attn_mask.seq_len_q, attn_mask.seq_len_kv
-    if attn_mask.variant == CausalVariant.UPPER_LEFT or s == t:
+    bias: Any = attn_mask
+    s, t = bias.seq_len_q, bias.seq_len_kv
+    if bias.variant.name == "UPPER_LEFT" or s == t:
         return None, True
     return visible(s, t, -1, 0, t - s, query.device), False
 
@@ -461,7 +467,7 @@ def scaled_dot_product_attention(
         for name, tensor in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
             if not isinstance(tensor, Tensor) and not (tensor is None and name == "attn_mask"):
                 raise TypeError(f"{name}: got {type(tensor).__name__}, need a tensor")
-            if isinstance(tensor, CausalBias) and name != "attn_mask":
+            if _is_causal_bias(tensor) and name != "attn_mask":
                 raise TypeError(f"{name}: got a CausalBias, which goes with attn_mask")
         attn_mask, is_causal = _translated(query, attn_mask, is_causal)
         given = [tensor for tensor in (query, key, value, attn_mask) if tensor is not None]
