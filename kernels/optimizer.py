@@ -310,6 +310,7 @@ class _Plan:
 
     def __init__(self, optimizer: FusedAdam, params: list[Tensor], present: list[bool]):
         self.params, self.present = params, present
+        self.changed = [p for p, here in zip(params, present) if here]
         self.lists = [(group["params"], len(group["params"])) for group in optimizer.param_groups]
         self.state = optimizer.state
         self.flags = _flags(optimizer)
@@ -711,6 +712,9 @@ class FusedAdam(torch.optim.Adam):
             )
         for tensor, copy in back:
             tensor.copy_(copy)
+        # The extension writes behind autograd's back, which is to refuse a backward through what was changed, as after torch's.
+        written = [p.grad for p in plan.changed if p.grad is not None] if writes_grads else []
+        torch.autograd.graph.increment_version(plan.changed + written)
 
 
 class FusedAdamW(FusedAdam, torch.optim.AdamW):

@@ -725,6 +725,15 @@ def test_changes_between_steps(device):
     assert_same(results[1], results[3])
 
 
+def test_autograd_refuses_to_go_back_through_what_a_step_has_changed(device):
+    weight, x = torch.nn.Parameter(torch.ones(3, device=device)), torch.ones(3, device=device, requires_grad=True)
+    y = (weight * x).sum()
+    weight.grad = torch.ones_like(weight)
+    FusedAdamW([weight]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
 def test_nothing_to_do_is_done(device):
     params = make_params(device=device)
     o = FusedAdamW(params, max_grad_norm=1.0)
