@@ -103,7 +103,9 @@ def reduced(loss: Tensor, target: Tensor, weight: Tensor | None, reduction: str,
     valid = target != ignore_index
     if weight is None:
         return loss.sum() / valid.sum()
-    return loss.sum() / torch.where(valid, weight.float()[target.clamp(0, weight.shape[0] - 1)], 0.0).sum()
+    total = torch.where(valid, weight.float()[target.clamp(0, weight.shape[0] - 1)], 0.0).sum()
+    # Of targets that all weigh 0 it is 0 / 0, and so what label smoothing adds to it does not count.
+    return loss.sum() / torch.where(total == 0, torch.nan, total)
 
 
 def check_options(reduction: str, label_smoothing: float, softcap: float, z_loss: float) -> None:
@@ -148,7 +150,7 @@ def check_targets(target: Tensor, vocabulary: int, ignore_index: int) -> None:
     """IndexError for a target (N) outside the vocabulary; on a GPU only under `debug_checks`, because it waits."""
     while torch._C._functorch.is_functorch_wrapped_tensor(target):  # the values of all samples, under vmap
         target = torch._C._functorch.get_unwrapped(target)
-    target = target.reshape(-1)
+    target = target if target.dim() == 1 else target.reshape(-1)
     outside = (target != ignore_index) & ((target < 0) | (target >= vocabulary))
     if outside.any():
         i = int(outside.nonzero()[0])

@@ -246,6 +246,18 @@ def test_with_every_target_ignored_it_is_as_pytorch(implementation, reduction, o
         torch.testing.assert_close(o, t, equal_nan=True)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_mean_of_targets_that_weigh_nothing_is_as_pytorch(implementation, smoothing):
+    z, y = problem(6, 40)
+    y.fill_(3)
+    weight = torch.rand(40)
+    weight[3] = 0.0
+    options = {"weight": weight, "label_smoothing": smoothing}
+    ours, theirs = (gradient(f, z, y, torch.tensor(1.0), torch.float32, **options) for f in (cross_entropy, F.cross_entropy))
+    for o, t in zip(ours, theirs):
+        torch.testing.assert_close(o, t, equal_nan=True)
+
+
 def test_no_token_at_all(implementation):
     z = torch.randn(0, 20, requires_grad=True)
     loss = cross_entropy(z, torch.empty(0, dtype=torch.int64), reduction="sum")
