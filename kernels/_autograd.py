@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -39,24 +40,26 @@ def register_autograd(op: Any, backward: Callable[..., Any], setup_context: Call
     return call
 
 
+def one_by_one(op: Callable[..., Any], info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+    """A rule for torch.func.vmap: a call of the op for each sample."""
+
+    def sample(i: int) -> Any:
+        return op(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims)))
+
+    n = info.batch_size
+    if n == 0:
+        one = [arg if dim is None else arg.new_zeros(arg.movedim(dim, 0).shape[1:]) for arg, dim in zip(args, in_dims)]
+        samples = [op(*one)]
+    else:
+        samples = [sample(i) for i in range(n)]
+    if isinstance(samples[0], Tensor):
+        return torch.stack(samples)[:n], 0
+    return tuple(torch.stack(parts)[:n] for parts in zip(*samples)), (0,) * len(samples[0])
+
+
 def register_vmap(op: Any) -> None:
-    """One call of the op for each sample: for ops that have no cheaper way, and PyTorch's own loop warns."""
-
-    def loop(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
-        def sample(i: int) -> Any:
-            return op(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims)))
-
-        n = info.batch_size
-        if n == 0:
-            one = [arg if dim is None else arg.new_zeros(arg.movedim(dim, 0).shape[1:]) for arg, dim in zip(args, in_dims)]
-            samples = [op(*one)]
-        else:
-            samples = [sample(i) for i in range(n)]
-        if isinstance(samples[0], Tensor):
-            return torch.stack(samples)[:n], 0
-        return tuple(torch.stack(parts)[:n] for parts in zip(*samples)), (0,) * len(samples[0])
-
-    op.register_vmap(loop)
+    """`one_by_one` for ops that have no cheaper way; PyTorch's own loop warns."""
+    op.register_vmap(functools.partial(one_by_one, op))
 
 
-__all__ = ["register_autograd", "register_vmap"]
+__all__ = ["one_by_one", "register_autograd", "register_vmap"]

@@ -398,7 +398,9 @@ def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient that was made in the forward, times that of the loss. While the graph lives on, what is saved is never
     handed out, because whoever gets it may change it."""
     # Almost always the loss is what backward() starts from, and a pass over a gradient of the vocabulary's size is not free.
-    if type(scale) is Tensor and scale.device.type == "cpu" and scale.item() == 1.0:
+    functorch = torch._C._functorch
+    batched = functorch.is_functorch_wrapped_tensor(scale) or functorch.is_legacy_batchedtensor(scale)  # of is_grads_batched
+    if type(scale) is Tensor and scale.device.type == "cpu" and not batched and scale.item() == 1.0:
         return grad.to(dtype, copy=torch._C._autograd._get_current_graph_task_keep_graph())
     return (grad * scale).to(dtype)
 
@@ -790,6 +792,8 @@ def linear_cross_entropy(
     Raises ValueError or TypeError for shapes, dtypes, devices and options that do not fit. A target out of range raises
     IndexError on the CPU and under `debug_checks()`; otherwise its loss and gradients are NaN on a GPU.
     """
+    if ignore_index is not None and target.is_floating_point():
+        raise ValueError(f"ignore_index: got {ignore_index}, but class probabilities (a floating target) ignore nothing")
     ignore_index = -100 if ignore_index is None else ignore_index
     for name, matrix in (("input", input), ("linear_weight", linear_weight)):
         if not matrix.is_floating_point() or matrix.element_size() == 1:

@@ -70,20 +70,24 @@ def _angles(cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[Tensor,
 
 def _wide(x: Tensor, cos: Tensor) -> torch.dtype:
     """In which is computed: products of 16 bits would be rounded each, before they are added."""
+    if x.dtype == cos.dtype == torch.float32:  # as nearly always on a CPU, where this takes as long as the products
+        return torch.float32
     return torch.promote_types(torch.promote_types(x.dtype, cos.dtype), torch.float32)
 
 
 def apply_rotary_emb_reference(
     x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False
 ) -> Tensor:
-    wide = _wide(x, cos)
-    cos, sin = (table.to(wide) for table in _angles(cos, sin, positions))
+    dtype, wide = x.dtype, _wide(x, cos)
+    if not dtype == cos.dtype == sin.dtype == wide:
+        x, cos, sin = x.to(wide), cos.to(wide), sin.to(wide)
+    cos, sin = _angles(cos, sin, positions)
     turning, rest = x.split((2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]), dim=-1)
-    turning = turning.to(wide)
     x1, x2 = turning.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else turning.chunk(2, dim=-1)
     y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
     y = torch.stack((y1, y2), dim=-1).flatten(-2) if interleaved else torch.cat((y1, y2), dim=-1)
-    return torch.cat((y.to(x.dtype), rest), dim=-1) if rest.shape[-1] else y.to(x.dtype)
+    y = torch.cat((y, rest), dim=-1) if rest.shape[-1] else y
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 # --- registered op --------------------------------------------------------------------------------------------------

@@ -229,6 +229,8 @@ def _check_tensor(name: str, value: Tensor, logits: Tensor, integer: bool) -> No
 
 def _number(name: str, value: Any, integer: bool) -> Any:
     """A number of any type, numpy's included, as int or float."""
+    if type(value) is int or (type(value) is float and not integer):
+        return value if integer else float(value)
     number: Any = value.item() if getattr(value, "shape", None) == () else value
     wanted: Any = numbers.Integral if integer else numbers.Real
     if isinstance(number, bool) or not isinstance(number, wanted):

@@ -298,6 +298,9 @@ def _has_rows_far_from_zero(mask: Tensor) -> bool:
     if mask.numel() == 0 or torch.compiler.is_compiling() or not readable(mask):
         return mask.numel() > 0
     top = mask.detach().amax(-1)
+    low, high = (end.item() for end in top.aminmax())
+    if low >= -1e3 and high <= 1e3:  # nearly always; what follows takes twice as long
+        return False
     return bool((top.isfinite() & (top.abs() > 1e3)).any())
 
 

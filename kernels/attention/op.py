@@ -7,14 +7,14 @@ gradient; attention_backward is its backward. `implementation` names who compute
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._autograd import register_autograd
+from .._autograd import one_by_one, register_autograd
 from .._dispatch import (
     NAMESPACE,
     Implementation,
@@ -189,15 +189,6 @@ _differentiable_backward = register_autograd(_attention_backward, _no_second_der
 # --- torch.func.vmap ------------------------------------------------------------------------------------------------
 
 
-def _one_by_one(op: Callable[..., tuple[Tensor, ...]], info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> Any:
-    """The rule for what cannot join the batch: a call for each."""
-    calls = [
-        op(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims))) for i in range(info.batch_size)
-    ]
-    results = tuple(map(torch.stack, zip(*calls)))
-    return results, (0,) * len(results)
-
-
 class _Joined:
     """A mapped dense problem as one of a batch that is n times as large, where `possible`."""
 
@@ -237,7 +228,7 @@ class _Joined:
 def _vmap(info, in_dims, *args):  # type: ignore[no-untyped-def]
     joined = _Joined(info, in_dims[: len(_TENSORS)], args[: len(_TENSORS)])
     if not joined.possible:
-        return _one_by_one(_attention, info, in_dims, args)
+        return one_by_one(_attention, info, in_dims, *args)
     out, lse = _attention(*joined.inputs(), *args[len(_TENSORS) :])
     return (joined.split(out), joined.split(lse)), (0, 0)
 
@@ -250,7 +241,7 @@ def _vmap_backward(info, in_dims, out, lse, grad_out, grad_lse, needs_bias, *arg
     joined = _Joined(info, in_dims[: len(_TENSORS)], args[: len(_TENSORS)])
     if not joined.possible:
         every = (out, lse, grad_out, grad_lse, needs_bias, *args)
-        return _one_by_one(_attention_backward, info, (*first, None, *in_dims), every)
+        return one_by_one(_attention_backward, info, (*first, None, *in_dims), *every)
     rows = [None if t is None else joined.join(t, dim) for t, dim in zip((out, lse, grad_out, grad_lse), first)]
     grads = _attention_backward(*rows, needs_bias, *joined.inputs(), *args[len(_TENSORS) :])
     *qkv, dbias, dsink = grads
