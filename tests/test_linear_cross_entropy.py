@@ -1027,6 +1027,7 @@ def test_memory_stays_far_below_that_of_the_logits():
         ({"target": torch.tensor([0, 1], dtype=torch.int32)}, TypeError, r"target: got dtype torch.int32"),
         ({"target": torch.rand(2, 3)}, ValueError, r"target: got shape \(2, 3\)"),
         ({"target": torch.rand(2, 20), "ignore_index": 3}, ValueError, r"ignore_index: got 3"),
+        ({"target": torch.rand(2, 20), "ignore_index": -1}, ValueError, r"ignore_index: got -1, but class probabilities"),
         ({"target": torch.rand(2, 20), "return_aux": True}, ValueError, r"return_aux: class probabilities"),
         ({"input": torch.rand(1, 2, 8), "target": torch.rand(1, 2, 20)}, ValueError, r"input: got shape \(1, 2, 8\)"),
         ({"input": torch.rand(8), "linear_weight": torch.rand(20, 3, 8)}, ValueError, r"input: got shape \(8,\)"),
