@@ -169,6 +169,8 @@ INPUTS = {
     "one dimension": of((8,), (8,)),
     "no dimension": of((), ()),
     "keys of fewer dimensions": of(Q, K[1:]),
+    "keys of fewer dimensions, as many heads as batches": of((2, 2, 5, 8), (2, 7, 8)),
+    "keys of one dimension, as many as batches": of((8, 2, 5, 8), (8,)),
     "queries of fewer dimensions": of(Q[2:], K),
     "one key head": of(Q, (2, 1, 7, 8)),
     "one key head in three dimensions": of(Q[1:], (1, 7, 8)),

@@ -464,7 +464,7 @@ def scaled_dot_product_attention(
     )
     if simple:
         q, k = query.shape, key.shape
-        simple = len(q) == 4 and value.shape == k and q[0] == k[0] and q[3] == k[3] and query.dtype in _FLOATS
+        simple = len(q) == len(k) == 4 and value.shape == k and q[0] == k[0] and q[3] == k[3] and query.dtype in _FLOATS
         simple = simple and k[1] > 0 and (q[1] == k[1] or (enable_gqa and q[1] % k[1] == 0))
     if not simple or (attn_mask is not None and (is_causal or not _is_simple(attn_mask, query, key))):
         for name, tensor in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
