@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from wikigpt.kernels import FusedAdamW
 
 from tests.test_patch import batch, build
 from wikigpt.integrations import lazy_logits
@@ -122,6 +123,19 @@ ANYTHING = {
     "list": lambda x: x.tolist(),
     "cross-entropy over dimension 1": lambda x: F.cross_entropy(x.transpose(1, 2), torch.zeros(2, 5, dtype=torch.long)),
     "cross-entropy of probabilities": lambda x: F.cross_entropy(x[0], torch.full((5, V), 1 / V)),
+    "arguments of a Tensor": lambda x: (
+        x.argmax(axis=-1),
+        x.split(split_size=2, dim=1),
+        x.reshape(shape=(-1, V)),
+        x.view(size=(-1, V)),
+        torch.reshape(x, shape=(-1, V)),
+        torch.split(x, split_size_or_sections=2, dim=1),
+        torch.mul(x, other=2),
+        torch.div(x.detach(), 2, rounding_mode="floor"),
+        torch.argmax(x, -1, out=torch.empty(2, 5, dtype=torch.long)),
+        x[()],
+    ),
+    "remainder": lambda x: (x % 2, 3 % x, x // 2, 3 // x),
     "nll": lambda x: F.nll_loss(F.log_softmax(x.view(-1, V), -1), torch.zeros(10, dtype=torch.long)),
 }
 
@@ -139,6 +153,49 @@ def test_writing_into_them_stays():
     assert (lazy[:, :, 3] == -7).all()
     lazy.clamp_(min=-1)
     assert lazy[0, 0, 3] == -1
+
+
+IN_PLACE = {
+    "a method": lambda x, rows: rows(x).mul_(2),
+    "a function": lambda x, rows: F.relu(rows(x), inplace=True),
+    "out": lambda x, rows: torch.neg(rows(x), out=rows(x)),
+    "entries": lambda x, rows: rows(x).__setitem__((..., 3), 5.0),
+    "of the whole, after the rows": lambda x, rows: (taken := rows(x), x.zero_(), taken)[2].add_(1),
+}
+
+
+@pytest.mark.parametrize("rows", ["all but the last", "the last", "flattened", "flattened, then cut", "one dimension more"])
+@pytest.mark.parametrize("how", IN_PLACE)
+def test_a_change_of_rows_is_a_change_of_what_they_were_taken_from(how, rows):
+    lazy, logits = (x.detach() for x in both())
+    for x in (lazy, logits):
+        IN_PLACE[how](x, ROWS[rows])
+    assert_same(lazy, logits)
+    assert_same(F.cross_entropy(ROWS[rows](lazy).reshape(-1, V)[:1], TARGET[:1]),
+                F.cross_entropy(ROWS[rows](logits).reshape(-1, V)[:1], TARGET[:1]))  # fmt: skip
+
+
+def test_an_assignment_in_place_changes_the_same_object():
+    lazy, logits = both()
+    for x in (lazy, logits):
+        same = x
+        same /= 2
+        same += 1
+    assert_same(lazy, logits)
+
+
+@pytest.mark.parametrize("how", ["float", "scaled", "capped", "all but the last", "by a mask"])
+def test_what_is_taken_without_gradients_trains_nothing(how):
+    layer = head(dtype=torch.bfloat16)
+    with torch.no_grad():
+        whole = LazyHead(layer)(torch.randn(2, 5, 6).bfloat16())
+    outside = LazyHead(layer)(torch.randn(2, 5, 6).bfloat16())
+    with torch.no_grad():
+        taken = ROWS[how](outside)
+    for x in (ROWS[how](whole), taken):
+        x = x.reshape(-1, V)
+        assert not F.cross_entropy(x, TARGET[: len(x)]).requires_grad
+        assert not x.tensor().requires_grad
 
 
 def test_they_are_made_once():
@@ -210,6 +267,13 @@ def test_the_loss_has_the_dtype_of_the_logits():
         torch.testing.assert_close(ours, theirs)
 
 
+def test_the_loss_is_float32_under_autocast():
+    layer, x = head(), torch.randn(10, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = F.cross_entropy(LazyHead(layer)(x), TARGET), F.cross_entropy(layer(x), TARGET)
+    assert ours.dtype == theirs.dtype == torch.float32
+
+
 def test_a_target_that_pytorch_refuses_is_refused_alike():
     lazy, logits = both()
     for target in (torch.zeros(9, dtype=torch.long), torch.zeros(10, dtype=torch.int32)):
@@ -244,9 +308,12 @@ def test_what_is_no_plain_tensor_gets_its_logits():
 # --- when the weights change ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
-def test_logits_of_weights_that_are_gone_are_refused(optimizer):
+@pytest.mark.parametrize("trained", [["weight", "bias"], ["bias"]], ids=" and ".join)
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW, FusedAdamW])
+def test_logits_of_weights_that_are_gone_are_refused(optimizer, trained):
     layer = head()
+    for name, p in layer.named_parameters():
+        p.requires_grad_(name in trained)
     lazy = LazyHead(layer)(torch.randn(2, 6))
     F.cross_entropy(lazy, torch.tensor([1, 2])).backward()
     optimizer(layer.parameters(), lr=0.1).step()

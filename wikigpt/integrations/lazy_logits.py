@@ -7,12 +7,15 @@ stand for the product in the meantime. They are no Tensor, but answer like one:
     rows and casts              x[:, :-1], x[mask], x.view(-1, V), split, float, detach: LazyLogits of those rows
     argmax over the vocabulary  in pieces, without the whole
     anything else               makes the logits, once, and goes on with an ordinary Tensor
+    a change in place           does so where they were taken from, as rows of a Tensor share its memory
 
 so code that computes token accuracy, entropy or another loss from `outputs.logits` gets what it got from the Tensor.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -50,9 +53,17 @@ class LazyLogits:
         self._steps, self._grad, self._version = steps, grad, version  # steps: what was done to them elementwise
         self._may_be_made = may_be_made
         self._made: Tensor | None = None
+        self._view: tuple[LazyLogits, Callable[[Tensor], Tensor]] | None = None
 
-    def _but(self, *, hidden: Tensor | None = None, step: tuple[str, Any] | None = None) -> LazyLogits:
-        return LazyLogits(
+    def _but(
+        self,
+        *,
+        hidden: Tensor | None = None,
+        step: tuple[str, Any] | None = None,
+        view: Callable[[Tensor], Tensor] | None = None,
+    ) -> LazyLogits:
+        """The same with other rows or one step more. view: how they are taken from this, where they share its memory."""
+        other = LazyLogits(
             self._hidden if hidden is None else hidden,
             self._weight,
             self._bias,
@@ -62,13 +73,30 @@ class LazyLogits:
             self._version,
             self._may_be_made,
         )
+        if not torch.is_grad_enabled():
+            other = other.detach()
+        other._view = None if view is None else (self, view)
+        return other
+
+    def _is_made(self) -> bool:
+        if self._made is None and self._view is not None and self._view[0]._is_made():
+            base, view = self._view
+            self._made = view(base.tensor())
+        return self._made is not None
+
+    def _to_write(self) -> Tensor:
+        """The logits as a Tensor, in the memory of those that they were taken from: for what changes them."""
+        if self._view is not None:
+            base, view = self._view
+            self._made = view(base._to_write())
+        return self.tensor()
 
     def tensor(self) -> Tensor:
         """The logits as a Tensor. Made once and kept."""
-        if self._made is None:
+        if not self._is_made():
             if not self._may_be_made:
                 raise RuntimeError("the loss needs the logits")
-            if self._version is not None and self._version != self._weight._version:
+            if self._version is not None and self._version != _version(self._weight, self._bias):
                 raise RuntimeError(
                     "outputs.logits: the head's weight has changed since the forward pass, and in training logits are made "
                     "when they are used. Read them before optimizer.step(), or keep them with patch(model, loss=False)"
@@ -79,7 +107,7 @@ class LazyLogits:
                 for name, argument in self._steps:
                     logits = _STEPS[name](logits, argument)
             self._made = logits
-        return self._made
+        return self._made  # type: ignore[return-value]
 
     # --- what stays lazy
 
@@ -117,14 +145,16 @@ class LazyLogits:
         return iter(self.tensor())
 
     def __getitem__(self, index: Any) -> Any:
-        if self._made is None and _takes_rows(index, self.dim()):
-            return self._but(hidden=self._hidden[index])
+        if not self._is_made() and _takes_rows(index, self.dim()):
+            copies = any(isinstance(i, Tensor) for i in (index if isinstance(index, tuple) else (index,)))
+            return self._but(hidden=self._hidden[index], view=None if copies else lambda logits: logits[index])
         return self.tensor()[index]
 
     def reshape(self, *shape: Any) -> Any:
         wanted = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        if self._made is None and len(wanted) > 1 and wanted[-1] == self.shape[-1]:
-            return self._but(hidden=self._hidden.reshape(*wanted[:-1], self._hidden.shape[-1]))
+        if not self._is_made() and len(wanted) > 1 and wanted[-1] == self.shape[-1]:
+            hidden = self._hidden.reshape(*wanted[:-1], self._hidden.shape[-1])
+            return self._but(hidden=hidden, view=lambda logits: logits.reshape(wanted))
         return self.tensor().reshape(wanted)
 
     def view(self, *shape: Any) -> Any:
@@ -132,10 +162,14 @@ class LazyLogits:
             return self.tensor().view(shape[0])
         return self.reshape(*shape)
 
-    def split(self, size: Any, dim: int = 0) -> Any:
-        if self._made is None and dim % self.dim() < self.dim() - 1:
-            return tuple(self._but(hidden=rows) for rows in self._hidden.split(size, dim % self.dim()))
-        return self.tensor().split(size, dim)
+    def split(self, split_size: Any, dim: int = 0) -> Any:
+        if not self._is_made() and dim % self.dim() < self.dim() - 1:
+
+            def part(i: int, rows: Tensor) -> LazyLogits:
+                return self._but(hidden=rows, view=lambda logits: logits.split(split_size, dim)[i])
+
+            return tuple(part(i, rows) for i, rows in enumerate(self._hidden.split(split_size, dim % self.dim())))
+        return self.tensor().split(split_size, dim)
 
     def contiguous(self, **options: Any) -> Any:
         return self.tensor().contiguous(**options) if options else self
@@ -145,8 +179,8 @@ class LazyLogits:
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         wanted = args[0] if len(args) == 1 and not kwargs else None
-        if self._made is not None:
-            return self._made.to(*args, **kwargs)
+        if self._is_made():
+            return self.tensor().to(*args, **kwargs)
         if isinstance(wanted, torch.dtype) and wanted.is_floating_point:
             return self if wanted == self.dtype else self._but(step=("to", wanted))
         if isinstance(wanted, (torch.device, str)) and torch.device(wanted) == self.device:
@@ -154,8 +188,8 @@ class LazyLogits:
         return self.tensor().to(*args, **kwargs)
 
     def detach(self) -> Any:
-        if self._made is not None:
-            return self._made.detach()
+        if self._is_made():
+            return self.tensor().detach()
         bias = None if self._bias is None else self._bias.detach()
         parts = (self._hidden.detach(), self._weight.detach(), bias, self._product_dtype, self._steps)
         return LazyLogits(*parts, False, self._version, self._may_be_made)
@@ -172,10 +206,10 @@ class LazyLogits:
         return self._step("tanh", None)
 
     def _step(self, name: str, argument: Any) -> Any:
-        return self._but(step=(name, argument)) if self._made is None else _STEPS[name](self._made, argument)
+        return _STEPS[name](self.tensor(), argument) if self._is_made() else self._but(step=(name, argument))
 
     def argmax(self, dim: int | None = None, keepdim: bool = False) -> Tensor:
-        if self._made is not None or dim is None or keepdim or dim % self.dim() != self.dim() - 1:
+        if self._is_made() or dim is None or keepdim or dim % self.dim() != self.dim() - 1:
             return self.tensor().argmax(dim, keepdim)
         rows = self.detach().reshape(-1, self.shape[-1])
         pieces = [piece.tensor().argmax(-1) for piece in rows.split(max(1, _PIECE // self.shape[-1]))]
@@ -186,7 +220,7 @@ class LazyLogits:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in _FIELDS:  # asked of what is no Tensor, or of what __init__ has not made yet
             raise AttributeError(name)
-        return getattr(self.tensor(), name)
+        return getattr(self._to_write() if name.endswith("_") else self.tensor(), name)
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -194,9 +228,11 @@ class LazyLogits:
         if function is F.cross_entropy:
             return _cross_entropy(*args, **kwargs)
         lazy = _LAZY.get(function)
-        if lazy is not None and args and isinstance(args[0], LazyLogits):
+        if lazy is not None and args and isinstance(args[0], LazyLogits) and (not kwargs or _fits(lazy, args, kwargs)):
             return lazy(*args, **kwargs)
-        args, kwargs = tree_map_only(LazyLogits, lambda logits: logits.tensor(), (args, kwargs))
+        writes = function.__name__.endswith("_") or "out" in kwargs or bool(kwargs.get("inplace"))
+        made = LazyLogits._to_write if writes else LazyLogits.tensor
+        args, kwargs = tree_map_only(LazyLogits, made, (args, kwargs))
         return function(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -208,11 +244,15 @@ class LazyLogits:
     __hash__ = object.__hash__
 
 
-_FIELDS = {"_hidden", "_weight", "_bias", "_product_dtype", "_steps", "_grad", "_version", "_may_be_made", "_made"}
+_FIELDS = {"_hidden", "_weight", "_bias", "_product_dtype", "_steps", "_grad", "_version", "_may_be_made", "_made", "_view"}
 
 
 def _itself(x: Any) -> Any:
     return x
+
+
+def _version(weight: Tensor, bias: Tensor | None) -> int:
+    return weight._version + (0 if bias is None else bias._version)
 
 
 def _of_tensor(name: str) -> Any:
@@ -222,11 +262,44 @@ def _of_tensor(name: str) -> Any:
     return method
 
 
+def _fits(method: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    try:
+        inspect.signature(method).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _or_tensors(name: str) -> Any:
+    """The lazy method, but for arguments that only a Tensor's takes: reshape(shape=...), argmax(axis=...)."""
+    lazy = getattr(LazyLogits, name)
+
+    @functools.wraps(lazy)
+    def method(self: LazyLogits, *args: Any, **kwargs: Any) -> Any:
+        if kwargs and not _fits(lazy, (self, *args), kwargs):
+            return getattr(self.tensor(), name)(*args, **kwargs)
+        return lazy(self, *args, **kwargs)
+
+    return method
+
+
+def _in_place(name: str) -> Any:
+    def method(self: LazyLogits, *args: Any) -> LazyLogits:
+        getattr(self._to_write(), name)(*args)
+        return self
+
+    return method
+
+
 # Python looks these up on the class and not by __getattr__.
-_OPERATORS = """add radd sub rsub rtruediv pow rpow matmul rmatmul floordiv mod neg abs invert and or xor
-eq ne lt le gt ge setitem contains bool float int array"""
+_OPERATORS = """add radd sub rsub rtruediv pow rpow matmul rmatmul floordiv rfloordiv mod rmod neg abs invert and or xor
+eq ne lt le gt ge contains bool float int complex array"""
 for _name in _OPERATORS.split():
     setattr(LazyLogits, f"__{_name}__", _of_tensor(f"__{_name}__"))
+for _name in ("setitem", "iadd", "isub", "imul", "itruediv", "ipow", "ifloordiv", "imod"):
+    setattr(LazyLogits, f"__{_name}__", _in_place(f"__{_name}__"))
+for _name in ("reshape", "view", "split", "argmax"):
+    setattr(LazyLogits, _name, _or_tensors(_name))
 
 _STEPS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "to": lambda logits, dtype: logits.to(dtype),
@@ -249,7 +322,7 @@ def _takes_rows(index: Any, dim: int) -> bool:
     index = index if isinstance(index, tuple) else (index,)
     if not all(i is None or i is Ellipsis or type(i) in (int, slice, Tensor) for i in index):
         return False
-    last_whole = isinstance(index[-1], slice) and index[-1] == slice(None)
+    last_whole = len(index) > 0 and isinstance(index[-1], slice) and index[-1] == slice(None)
     if any(i is Ellipsis for i in index):
         return last_whole
     taken = sum(
@@ -284,7 +357,7 @@ def _cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """torch.nn.functional.cross_entropy, without the logits where the op covers it."""
-    known = _scale_and_softcap(input._steps) if isinstance(input, LazyLogits) and input._made is None else None
+    known = _scale_and_softcap(input._steps) if isinstance(input, LazyLogits) and not input._is_made() else None
     fused = (
         known is not None
         and weight is None
@@ -317,7 +390,9 @@ def _cross_entropy(
         softcap=softcap,
         backend="reference" if plain else None,
     )
-    return loss.to(input.dtype)
+    # Under autocast PyTorch's loss is float32, whatever the logits are.
+    autocast = torch.is_autocast_enabled(input.device.type)
+    return loss.to(torch.promote_types(input.dtype, torch.float32) if autocast else input.dtype)
 
 
 class LazyHead:
@@ -336,8 +411,9 @@ class LazyHead:
             return head(hidden)  # raises
         dtype = torch.get_autocast_dtype(kind) if autocast and hidden.dtype != torch.float64 else hidden.dtype
         # Neither a compiled graph nor inference mode has versions to ask for.
-        version = None if torch.compiler.is_compiling() or head.weight.is_inference() else head.weight._version
-        return LazyLogits(hidden, head.weight, head.bias, dtype, (), torch.is_grad_enabled(), version, self._may_be_made)
+        version = None if torch.compiler.is_compiling() or head.weight.is_inference() else _version(head.weight, head.bias)
+        logits = LazyLogits(hidden, head.weight, head.bias, dtype, (), True, version, self._may_be_made)
+        return logits if torch.is_grad_enabled() else logits.detach()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._head, name)
