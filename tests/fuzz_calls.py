@@ -886,8 +886,26 @@ def _(a: Arguments) -> int:
 
 APPROXIMATE = Option(("tanh", "none"), ("erf", None))
 FUNCTIONS["gelu"] = Fuzzed(K.gelu, "gelu", torch=lambda call, a: F.gelu(a["x"], approximate=a.get("approximate", "none")))
-for _name in ("bias_gelu", "swiglu", "geglu"):
-    FUNCTIONS[_name] = Fuzzed(getattr(K, _name), _name, same_dropout=("reference", "triton"))
+
+
+def _plain_bias_gelu(call: Call, a: dict[str, Any]) -> Any:
+    x, bias = a["x"], a.get("bias")
+    return F.gelu(x if bias is None else x + bias.to(x.dtype), approximate=a.get("approximate", "none"))
+
+
+def _plain_gated(default: str | None) -> Callable[[Call, dict[str, Any]], Any]:
+    """gelu with this default of `approximate`, or silu."""
+
+    def plain(call: Call, a: dict[str, Any]) -> Any:
+        gate, up = a["gate"].chunk(2, -1) if a.get("up") is None else (a["gate"], a["up"])
+        gate, up = (x if b is None else x + b.to(x.dtype) for x, b in ((gate, a.get("gate_bias")), (up, a.get("up_bias"))))
+        return (F.silu(gate) if default is None else F.gelu(gate, approximate=a.get("approximate", default))) * up
+
+    return plain
+
+
+for _name, _plain in (("bias_gelu", _plain_bias_gelu), ("swiglu", _plain_gated(None)), ("geglu", _plain_gated("tanh"))):
+    FUNCTIONS[_name] = Fuzzed(getattr(K, _name), _name, torch=_plain, same_dropout=("reference", "triton"))
 
 
 def activation_shape(draw: Draw, even: bool = False) -> tuple[int, ...]:
