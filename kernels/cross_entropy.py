@@ -426,7 +426,8 @@ register(
 def class_dimension(shape: Sequence[int], target: Tensor) -> int:
     """Where logits of this shape have their classes: last, or second, as PyTorch has them. The target says which."""
     last = len(shape) - 1
-    if 0 <= last <= 1 and target.shape == shape[:last] and not target.is_floating_point():
+    fits_one = last <= 1 or shape[1:last] != shape[2:]
+    if last >= 0 and fits_one and target.shape == shape[:last] and not target.is_floating_point():
         return last
     as_indices = {c for c in (1, last) if 0 <= c <= last and target.shape == (*shape[:c], *shape[c + 1 :])}
     if target.is_floating_point():
