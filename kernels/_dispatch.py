@@ -123,18 +123,6 @@ def explain(op: str, device_type: str) -> list[tuple[str, str | None]]:
     return [(i.backend, i.why_not(device_type)) for i in _table[op]]
 
 
-def as_float(name: str, value: Any) -> Any:
-    """A number of any type, numpy's included. TypeError that names the argument for what is none."""
-    if isinstance(value, (int, float, torch.SymFloat)):
-        return value
-    try:
-        if not isinstance(value, (str, bytes)):
-            return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        pass
-    raise TypeError(f"{name}: got {type(value).__name__}, allowed is float")
-
-
 def only_on(*device_types: str) -> Callable[[str], str | None]:
     """A `why_not` for an implementation that runs on these types of device alone."""
 

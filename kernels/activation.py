@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._autograd import register_autograd, register_vmap
+from ._checks import as_float
 from ._dispatch import (
     NAMESPACE,
     Implementation,
-    as_float,
     choose,
     forced_backend,
     has_tangent,

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._autograd import register_autograd, register_vmap
-from ._dispatch import NAMESPACE, Implementation, as_float, choose, refuse_forward_mode, register, why_not_triton
+from ._checks import as_float
+from ._dispatch import NAMESPACE, Implementation, choose, refuse_forward_mode, register, why_not_triton
 from .attention.op import seed_for
 from .attention.reference import keep_mask
 

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import check_tensors
 from .._dispatch import NAMESPACE, Implementation, checks_values, choose, only_on, register, why_not_triton
-from .functional import _float, _window, casting_to, changing, check_tensors, readable
+from .functional import _float, _window, casting_to, changing, readable
 from .op import attention
 from .reference import MAX_HEAD_DIM, Inputs
 

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .._checks import check_tensors
 from .._dispatch import NAMESPACE, explain, forced_backend
-from .functional import as_pytorchs, check, check_tensors, covered, flash_attn_varlen_func, seeded
+from .functional import as_pytorchs, check, covered, flash_attn_varlen_func, seeded
 from .kvcache import flash_attn_with_kvcache
 from .op import attention
 from .reference import Inputs, laid_out_like

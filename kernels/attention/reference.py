@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .._checks import check_tensors
 from .._philox import MASK, philox
 
 MAX_HEAD_DIM = 1024  # of the Triton kernel that decodes: it holds a row of the output in registers
@@ -274,8 +275,6 @@ def attention_weights(
     As in PyTorch, is_causal aligns the diagonal at the top left: query i sees keys 0..i; alibi_slopes (H) count from there.
     Fewer key heads than query heads are shared. Raises ValueError or TypeError for what does not fit.
     """
-    from .functional import check_tensors  # which imports this module
-
     check_tensors("query key attn_mask alibi_slopes", (query, key), (attn_mask, alibi_slopes))
     _check_weights(query, key, attn_mask, alibi_slopes)
     if key.shape[-3] != query.shape[-3]:

@@ -1,0 +1,51 @@
+"""Checks of arguments that ops share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def as_float(name: str, value: Any) -> Any:
+    """A number of any type, numpy's included. TypeError that names the argument for what is none."""
+    if isinstance(value, (int, float, torch.SymFloat)):
+        return value
+    try:
+        if not isinstance(value, (str, bytes)):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise TypeError(f"{name}: got {type(value).__name__}, allowed is float")
+
+
+def has_functions(tensor: Tensor) -> bool:
+    """Whether the tensor's type computes PyTorch's functions in its own way (CausalBias, MaskedTensor, nested tensors). What
+    lies in the memory of such a tensor need not be its numbers: that of a CausalBias is uninitialised."""
+    if type(tensor) in _PLAIN:
+        return tensor.is_nested
+    function = type(tensor).__torch_function__
+    inherited = getattr(function, "__func__", None) is Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
+    return tensor.is_nested or not (inherited or function is torch._C._disabled_torch_function_impl)
+
+
+def check_tensors(names: str, needed: tuple[Tensor, ...], optional: tuple[Tensor | None, ...] = ()) -> None:
+    """TypeError for what is missing, no tensor, or one whose memory need not hold its numbers. `names` of both, in order."""
+    for i, tensor in enumerate((*needed, *optional)):
+        if tensor is None and i >= len(needed):
+            continue
+        if type(tensor) is Tensor and not tensor.is_nested:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{names.split()[i]}: got {type(tensor).__name__}, need a tensor")
+        if has_functions(tensor):
+            kind = "nested tensor" if tensor.is_nested else type(tensor).__name__
+            raise TypeError(
+                f"{names.split()[i]}: got a {kind}, need a dense tensor without torch functions of its own: convert it first"
+            )
+
+
+__all__ = ["as_float", "check_tensors", "has_functions"]
