@@ -803,6 +803,8 @@ def _torch_cross_entropy(call: Call, a: dict[str, Any]) -> Any:
         return NotImplemented  # PyTorch computes with them where there are no rows
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     weight = a.pop("weight", None)
+    if weight is not None and weight.dim() != 1:
+        return NotImplemented  # with logits of more than two dimensions it counts the weights, whatever their shape
     target = target.to(wide) if target.is_floating_point() else target
     return F.cross_entropy(logits.to(wide), target, None if weight is None else weight.to(wide), **a)
 

@@ -455,7 +455,8 @@ WRONG_TYPES = {
     "k in another dtype": (dense(k=rand(2, 5, 2, 8).half()), "k: got dtype torch.float16, q has torch.float32"),
     "v in another dtype": (dense(v=rand(2, 5, 2, 8).double()), "v: got dtype torch.float64, q has torch.float32"),
     "additive mask as attn_mask": (dense(mask=rand(3, 5)), "attn_mask: got dtype torch.float32, allowed is bool"),
-    "boolean bias": (dense(bias=rand(3, 5) > 0), "attn_bias: got dtype torch.bool, allowed are floating-point dtypes"),
+    "boolean bias": (dense(bias=rand(3, 5) > 0), "attn_bias: got dtype torch.bool, allowed are float16"),
+    "bias in 8 bits": (dense(bias=rand(3, 5).to(torch.float8_e4m3fn)), "attn_bias: got dtype torch.float8_e4m3fn"),
     "cu_seqlens in int64": (packed(cu_seqlens_q=ints(0, 3, 7).long()), "cu_seqlens_q: got dtype torch.int64, allowed is int32"),
     "seqused_k in int64": (dense(seqused_k=ints(1, 2).long()), "seqused_k: got dtype torch.int64, allowed is int32"),
 }

@@ -87,8 +87,8 @@ def _check_masks(x: Inputs, heads: int) -> None:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, must broadcast to {full}")
     if x.mask is not None and x.mask.dtype != torch.bool:
         raise TypeError(f"attn_mask: got dtype {x.mask.dtype}, allowed is bool (an additive mask is attn_bias)")
-    if x.bias is not None and not x.bias.is_floating_point():
-        raise TypeError(f"attn_bias: got dtype {x.bias.dtype}, allowed are floating-point dtypes")
+    if x.bias is not None and x.bias.dtype not in _FLOATS:
+        raise TypeError(f"attn_bias: got dtype {x.bias.dtype}, allowed are float16, bfloat16, float32 and float64")
 
 
 def _check_lengths(x: Inputs) -> None:
