@@ -175,6 +175,32 @@ def test_a_change_of_rows_is_a_change_of_what_they_were_taken_from(how, rows):
                 F.cross_entropy(ROWS[rows](logits).reshape(-1, V)[:1], TARGET[:1]))  # fmt: skip
 
 
+@pytest.mark.parametrize("how", ["all but the last", "flattened, then cut"])
+def test_rows_that_were_made_before_a_change_of_the_whole_are_changed_too(how):
+    lazy, logits = (x.detach() for x in both())
+    for x in (lazy, logits):
+        rows = ROWS[how](x)
+        rows.softmax(-1)
+        x.zero_()
+        assert not rows.any()
+
+
+def test_what_rows_copy_no_later_change_reaches():
+    lazy, logits = (x.detach() for x in both())
+    assert_same(*((x[:, :-1].reshape(-1, V), x.zero_())[0] for x in (lazy, logits)))
+
+
+def test_rows_keep_their_gradient_when_they_are_next_used_without():
+    layer, x = head(), torch.randn(2, 5, 6)
+    lazy = LazyHead(layer)(x)
+    rows = lazy[:, 1:]
+    lazy.tensor()
+    with torch.no_grad():
+        assert not (rows * 2).requires_grad
+    ours, theirs = (torch.autograd.grad(made(of).square().sum(), layer.weight)[0] for of in (rows, layer(x)[:, 1:]))
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_an_assignment_in_place_changes_the_same_object():
     lazy, logits = both()
     for x in (lazy, logits):

@@ -79,16 +79,16 @@ class LazyLogits:
         return other
 
     def _is_made(self) -> bool:
-        if self._made is None and self._view is not None and self._view[0]._is_made():
+        if self._view is not None and self._view[0]._is_made():
             base, view = self._view
-            self._made = view(base.tensor())
+            with torch.set_grad_enabled(self._grad):
+                self._made, self._view = view(base.tensor()), None  # from now on in the memory of the whole
         return self._made is not None
 
     def _to_write(self) -> Tensor:
         """The logits as a Tensor, in the memory of those that they were taken from: for what changes them."""
         if self._view is not None:
-            base, view = self._view
-            self._made = view(base._to_write())
+            self._view[0]._to_write()
         return self.tensor()
 
     def tensor(self) -> Tensor:
@@ -154,7 +154,8 @@ class LazyLogits:
         wanted = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
         if not self._is_made() and len(wanted) > 1 and wanted[-1] == self.shape[-1]:
             hidden = self._hidden.reshape(*wanted[:-1], self._hidden.shape[-1])
-            return self._but(hidden=hidden, view=lambda logits: logits.reshape(wanted))
+            copies = not self._hidden.is_contiguous()
+            return self._but(hidden=hidden, view=None if copies else lambda logits: logits.reshape(wanted))
         return self.tensor().reshape(wanted)
 
     def view(self, *shape: Any) -> Any:
