@@ -12,6 +12,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 
+import numpy
 import pytest
 import torch
 from wikigpt.kernels import flash_attn_with_kvcache
@@ -598,6 +599,12 @@ def r(*shape, dtype=torch.float32):
 
 def i32(*numbers):
     return torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
+
+
+def test_a_length_may_be_an_integer_of_numpy():
+    q, caches = r(2, 1, 4, 16), (r(2, 60, 2, 16), r(2, 60, 2, 16))
+    expected = flash_attn_with_kvcache(q, *caches, cache_seqlens=5)
+    assert torch.equal(flash_attn_with_kvcache(q, *caches, cache_seqlens=numpy.int64(5)), expected)
 
 
 BAD = [

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import operator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -406,7 +407,11 @@ def flash_attn_with_kvcache(
     if cache_seqlens is None and k is not None:
         raise ValueError("cache_seqlens: got None with k, need to know where k goes")
     if cache_seqlens is not None and not isinstance(cache_seqlens, (int, Tensor)):
-        raise TypeError(f"cache_seqlens: got {type(cache_seqlens).__name__}, allowed are int and an int32 tensor")
+        try:
+            cache_seqlens = operator.index(cache_seqlens)  # numpy's integers
+        except TypeError:
+            name = type(cache_seqlens).__name__
+            raise TypeError(f"cache_seqlens: got {name}, allowed are int and an int32 tensor") from None
     check_tensors(
         "q k_cache v_cache k v rotary_cos rotary_sin cache_batch_idx cache_leftpad block_table alibi_slopes s_aux"
         " cache_seqlens",
