@@ -440,7 +440,7 @@ WRONG_VALUES = {
     "cu_seqlens beyond the tokens": (packed(cu_seqlens_k=ints(0, 2, 8)), r"cu_seqlens_k: got \[0, 2, 8\], must rise"),
     "max_seqlen_q too small": (packed(max_seqlen_q=3), "max_seqlen_q: got 3, cu_seqlens_q has a sequence of 4"),
     "max_seqlen_k too small": (packed(max_seqlen_k=4), "max_seqlen_k: got 4, cu_seqlens_k has a sequence of 5"),
-    "negative max_seqlen": (packed(max_seqlen_q=-1), "max_seqlen: got -1 and 5, must be 0 or more"),
+    "negative max_seqlen": (packed(max_seqlen_q=-1), "max_seqlen_q, max_seqlen_k: got -1 and 5, must be 0 or more"),
     "seqused_k of no dimension": (dense(seqused_k=ints(1)[0]), r"seqused_k: got shape \(\), need \(batch,\)"),
     "seqused_k of another batch": (dense(seqused_k=ints(1, 2, 3)), r"seqused_k: got shape \(3,\), need \(2,\)"),
     "seqused_k on another device": (dense(seqused_k=meta(2, dtype=torch.int32)), "seqused_k: got device meta"),

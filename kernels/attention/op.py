@@ -81,8 +81,9 @@ def _with_numbers(x: Inputs) -> Inputs:
 
 
 @_attention.register_fake
-def _(q, k, v, bias, mask, alibi_slopes, s_aux, cu_seqlens_q, *_):  # type: ignore[no-untyped-def]
-    out, lse = Inputs(q, k, v, cu_seqlens_q=cu_seqlens_q).empty()
+def _(q, k, v, bias, mask, alibi_slopes, s_aux, cu_seqlens_q, *rest):  # type: ignore[no-untyped-def]
+    *_, top_left, _, _ = rest
+    out, lse = Inputs(q, k, v, cu_seqlens_q=cu_seqlens_q, top_left=top_left).empty()
     return out, lse
 
 

@@ -80,12 +80,12 @@ class Inputs:
         return self.q.shape[1], self.q.shape[0]
 
     def empty(self) -> tuple[Tensor, Tensor]:
-        """Room for (out, lse). The dimensions of out lie in memory in the order of q's, the last one dense; packed ones are
-        contiguous."""
+        """Room for (out, lse). out is contiguous; for PyTorch's functions (top_left) its dimensions lie in memory in the order of
+        q's, the last one dense."""
         q, shape = self.q, (*self.q.shape[:-1], self.v.shape[-1])
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         lse = q.new_empty(self.lse_shape(), dtype=wide)
-        if self.cu_seqlens_q is not None or q.is_contiguous():
+        if not self.top_left or q.is_contiguous():
             return q.new_empty(shape), lse
         order = memory_order(q)
         out = q.new_empty([shape[i] for i in order]).permute([order.index(i) for i in range(len(order))])
