@@ -80,8 +80,8 @@ class Inputs:
         return self.q.shape[1], self.q.shape[0]
 
     def empty(self) -> tuple[Tensor, Tensor]:
-        """Room for (out, lse). out is contiguous; for PyTorch's functions (top_left) its dimensions lie in memory in the order of
-        q's, the last one dense."""
+        """Room for (out, lse). out is contiguous; for PyTorch's functions (top_left) its dimensions lie in memory in the order
+        of q's, the last one dense."""
         q, shape = self.q, (*self.q.shape[:-1], self.v.shape[-1])
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         lse = q.new_empty(self.lse_shape(), dtype=wide)
