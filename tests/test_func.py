@@ -67,25 +67,25 @@ OPS = {
     ),
     "scaled_dot_product_attention": (
         "attention",
-        _attention(1, 2, 5, 8),
+        _attention(1, 2, 3, 4),
         lambda q, k, v, backend: scaled_dot_product_attention(q, k, v, is_causal=True, backend=backend),
     ),
     "flash_attn_func": (
         "flash_attention",
-        [*_attention(1, 5, 2, 8), (1, 2, 5, 5)],
+        [*_attention(1, 3, 2, 4), (1, 2, 3, 3)],
         lambda q, k, v, bias, backend: flash_attn_func(q, k, v, softcap=3.0, attn_bias=bias, backend=backend),
     ),
     "its lse": (
         "flash_attention",
-        _attention(1, 5, 2, 8),
+        _attention(1, 3, 2, 4),
         lambda q, k, v, backend: flash_attn_func(q, k, v, causal=True, return_attn_probs=True, backend=backend)[1],
     ),
     "its sinks": (
         "flash_attention",
-        [*_attention(1, 5, 2, 8), (2,)],
+        [*_attention(1, 3, 2, 4), (2,)],
         lambda q, k, v, sinks, backend: flash_attn_func(q, k, v, s_aux=sinks, backend=backend),
     ),
-    "flash_attn_varlen_func": ("flash_attention", _attention(5, 2, 8), _varlen),
+    "flash_attn_varlen_func": ("flash_attention", _attention(5, 2, 4), _varlen),
 }
 
 
