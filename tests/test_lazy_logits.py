@@ -347,6 +347,24 @@ def test_logits_of_weights_that_are_gone_are_refused(optimizer, trained):
         lazy.argmax(-1)
 
 
+USES = {
+    "argmax": lambda logits: logits.argmax(-1),
+    "rows": lambda logits: logits[:1],
+    "loss": lambda logits: F.cross_entropy(logits, torch.tensor([1, 2])),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+@pytest.mark.parametrize("changed", ["weight", "last hidden state"])
+def test_whatever_is_asked_of_logits_whose_factors_have_changed_is_refused(changed, use):
+    layer, hidden = head(), torch.randn(2, 6)
+    lazy = LazyHead(layer)(hidden)
+    with torch.no_grad():
+        (layer.weight if changed == "weight" else hidden).mul_(2)
+    with pytest.raises(RuntimeError, match=rf"outputs.logits: the .*{changed} has changed since the forward pass"):
+        use(lazy)
+
+
 def test_logits_made_before_the_weights_change_stay():
     layer = head()
     lazy = LazyHead(layer)(torch.randn(2, 6))

@@ -51,6 +51,7 @@ class LazyLogits:
     ):
         self._hidden, self._weight, self._bias, self._product_dtype = hidden, weight, bias, product_dtype
         self._steps, self._grad, self._version = steps, grad, version  # steps: what was done to them elementwise
+        self._hidden_version = None if version is None else hidden._version
         self._may_be_made = may_be_made
         self._made: Tensor | None = None
         self._view: tuple[LazyLogits, Callable[[Tensor], Tensor]] | None = None
@@ -63,6 +64,7 @@ class LazyLogits:
         view: Callable[[Tensor], Tensor] | None = None,
     ) -> LazyLogits:
         """The same with other rows or one step more. view: how they are taken from this, where they share its memory."""
+        self._check_versions()
         other = LazyLogits(
             self._hidden if hidden is None else hidden,
             self._weight,
@@ -96,11 +98,7 @@ class LazyLogits:
         if not self._is_made():
             if not self._may_be_made:
                 raise RuntimeError("the loss needs the logits")
-            if self._version is not None and self._version != _version(self._weight, self._bias):
-                raise RuntimeError(
-                    "outputs.logits: the head's weight has changed since the forward pass, and in training logits are made "
-                    "when they are used. Read them before optimizer.step(), or keep them with patch(model, loss=False)"
-                )
+            self._check_versions()
             with torch.set_grad_enabled(self._grad), torch.autocast(self._hidden.device.type, enabled=False):
                 given = (None if t is None else t.to(self._product_dtype) for t in (self._hidden, self._weight, self._bias))
                 logits = F.linear(*given)  # type: ignore[arg-type]
@@ -108,6 +106,19 @@ class LazyLogits:
                     logits = _STEPS[name](logits, argument)
             self._made = logits
         return self._made  # type: ignore[return-value]
+
+    def _check_versions(self) -> None:
+        if self._version is None:
+            return
+        for what, before, now in (
+            ("head's weight", self._version, _version(self._weight, self._bias)),
+            ("last hidden state", self._hidden_version, self._hidden._version),
+        ):
+            if before != now:
+                raise RuntimeError(
+                    f"outputs.logits: the {what} has changed since the forward pass, and in training logits are made when they "
+                    "are used. Read them before optimizer.step(), or keep them with patch(model, loss=False)"
+                )
 
     # --- what stays lazy
 
@@ -191,6 +202,7 @@ class LazyLogits:
     def detach(self) -> Any:
         if self._is_made():
             return self.tensor().detach()
+        self._check_versions()
         bias = None if self._bias is None else self._bias.detach()
         parts = (self._hidden.detach(), self._weight.detach(), bias, self._product_dtype, self._steps)
         return LazyLogits(*parts, False, self._version, self._may_be_made)
@@ -245,7 +257,10 @@ class LazyLogits:
     __hash__ = object.__hash__
 
 
-_FIELDS = {"_hidden", "_weight", "_bias", "_product_dtype", "_steps", "_grad", "_version", "_may_be_made", "_made", "_view"}
+_FIELDS = {
+    "_hidden", "_weight", "_bias", "_product_dtype", "_steps", "_grad", "_version", "_hidden_version", "_may_be_made", "_made",
+    "_view",
+}  # fmt: skip
 
 
 def _itself(x: Any) -> Any:
@@ -374,6 +389,7 @@ def _cross_entropy(
     if not fused or known is None:
         input, target, weight = tree_map_only(LazyLogits, lambda logits: logits.tensor(), (input, target, weight))
         return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    input._check_versions()
     scale, softcap = known
     hidden, bias = input._hidden, input._bias
     if scale != 1.0:
@@ -412,7 +428,8 @@ class LazyHead:
             return head(hidden)  # raises
         dtype = torch.get_autocast_dtype(kind) if autocast and hidden.dtype != torch.float64 else hidden.dtype
         # Neither a compiled graph nor inference mode has versions to ask for.
-        version = None if torch.compiler.is_compiling() or head.weight.is_inference() else _version(head.weight, head.bias)
+        unknown = torch.compiler.is_compiling() or head.weight.is_inference() or hidden.is_inference()
+        version = None if unknown else _version(head.weight, head.bias)
         logits = LazyLogits(hidden, head.weight, head.bias, dtype, (), True, version, self._may_be_made)
         return logits if torch.is_grad_enabled() else logits.detach()
 
