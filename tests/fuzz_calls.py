@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import math
@@ -601,17 +602,30 @@ def _(a: Arguments) -> int:
 EPS = Option((1e-5, 1e-12, 1.0, 0.0), (-1e-5, NAN, INF))
 
 
+def _sum_before_norm(x: Tensor, a: dict[str, Any]) -> Any:
+    """x + residual where PyTorch's sum has a norm's shape and dtype; takes residual and prenorm out of the arguments."""
+    residual = a.pop("residual", None)
+    if residual is None:
+        return x
+    fits = isinstance(residual, Tensor) and (residual.shape, residual.dtype) == (x.shape, x.dtype)
+    return x + residual if fits else NotImplemented
+
+
 def _torch_norm(call: Call, a: dict[str, Any]) -> Any:
-    if set(a) - {"x", "weight", "bias", "eps"} or ("bias" in a and call.function == "rms_norm"):
+    prenorm = a.pop("prenorm", False)
+    x = _sum_before_norm(a["x"], a)
+    if x is NotImplemented or set(a) - {"x", "weight", "bias", "eps"} or ("bias" in a and call.function == "rms_norm"):
         return NotImplemented
     if not (a.get("eps") or 0) >= 0:
         return NotImplemented  # nonsense that ours refuses and PyTorch computes with
-    x, weight, bias = a["x"], a.get("weight"), a.get("bias")
+    weight, bias = a.get("weight"), a.get("bias")
     some = weight if weight is not None else bias
     shape = tuple(x.shape[-1:]) if some is None else tuple(some.shape)
     if call.function == "rms_norm":
-        return F.rms_norm(x, shape, weight, a.get("eps", 1e-6))
-    return F.layer_norm(x, shape, weight, bias, a.get("eps", 1e-5))
+        y = F.rms_norm(x, shape, weight, a.get("eps", 1e-6))
+    else:
+        y = F.layer_norm(x, shape, weight, bias, a.get("eps", 1e-5))
+    return (y, x) if prenorm else y
 
 
 def _more_of_norm(call: Call) -> dict[str, float]:
@@ -717,12 +731,16 @@ def _torch_module(call: Call, a: dict[str, Any]) -> Any:
     x = a.get("x", a.get("input", a.get("hidden_states")))
     if a.pop("elementwise_affine", True) is False:
         a = {**a, "weight": None, "bias": None}
-    if {"residual", "dropout_p", "prenorm", "unit_offset"} & set(a):
+    prenorm = a.pop("prenorm", False)
+    x = _sum_before_norm(x, a)
+    if x is NotImplemented or {"dropout_p", "unit_offset"} & set(a):
         return NotImplemented
     eps = a.get("eps", a.get("variance_epsilon", 1e-5 if name == "LayerNorm" else 1e-6))
     if name == "RMSNorm":
-        return F.rms_norm(x, x.shape[-1:], a.get("weight"), eps)
-    return F.layer_norm(x, x.shape[-1:], a.get("weight"), a.get("bias"), eps)
+        y = F.rms_norm(x, x.shape[-1:], a.get("weight"), eps)
+    else:
+        y = F.layer_norm(x, x.shape[-1:], a.get("weight"), a.get("bias"), eps)
+    return (y, x) if prenorm else y
 
 
 _NORM_NAMES = (
@@ -1230,13 +1248,21 @@ def _gelu_of(form: str) -> Callable[[Call, dict[str, Any]], Any]:
     return lambda call, a: F.gelu(a["input"], approximate=form) if a["input"].is_floating_point() else NotImplemented
 
 
+def _packed(function: Callable[[Tensor], Tensor]) -> Callable[[Call, dict[str, Any]], Any]:
+    def plain(call: Call, a: dict[str, Any]) -> Any:
+        gate, up = a["x"].chunk(2, -1)
+        return function(gate) * up
+
+    return plain
+
+
 _LAYERS = {
     "GeLU": ("gelu", "input", _gelu_of("none")),
     "GeluTanh": ("gelu", "input", _gelu_of("tanh")),
     "NewGELU": ("gelu", "input", _gelu_of("tanh")),
-    "SiluAndMul": ("swiglu", "x", None),
-    "GeluAndMul": ("geglu", "x", None),
-    "GeluTanhAndMul": ("geglu", "x", None),
+    "SiluAndMul": ("swiglu", "x", _packed(F.silu)),
+    "GeluAndMul": ("geglu", "x", _packed(F.gelu)),
+    "GeluTanhAndMul": ("geglu", "x", _packed(functools.partial(F.gelu, approximate="tanh"))),
     "RMSNorm": ("rms_norm", "hidden_states", _torch_module),
     "LayerNorm": ("layer_norm", "input", _torch_module),
 }

@@ -498,6 +498,12 @@ def test_the_output_of_a_contiguous_query_has_a_view_of_fewer_dimensions(options
     assert out.view(8, 5, 8).shape == (8, 5, 8)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference", "torch", TRITON])
+def test_a_query_without_heads_that_fits_nothing_is_named(backend):
+    with pytest.raises(ValueError, match=r"query: got shape \(0, 3, 4\)"):
+        scaled_dot_product_attention(torch.randn(0, 3, 4), *[torch.randn(1, 2, 3, 4)] * 2, enable_gqa=True, backend=backend)
+
+
 META = {flash_attn_func: ["q", "k", "v"], flash_attn_varlen_func: ["q", "k", "v"], flash_attn_with_kvcache: []}
 
 

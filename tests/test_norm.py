@@ -363,6 +363,8 @@ META = torch.ones(3, device="meta")
         (lambda: layer_norm(torch.ones(2, 3), torch.tensor(1.0)), ValueError, r"weight: got shape \(\), must have"),
         (lambda: layer_norm(torch.ones(2, 3), torch.ones(3, 3)), ValueError, r"weight: got shape \(3, 3\), x needs \(2, 3\)"),
         (lambda: layer_norm(torch.ones(2, 3), torch.ones(2, 3), torch.ones(3)), ValueError, r"bias: got shape \(3,\), x needs"),
+        (lambda: rms_norm(torch.ones(2, 3), torch.ones(4).long()), ValueError, r"weight: got shape \(4,\), x needs \(3,\)"),
+        (lambda: rms_norm(torch.ones(2, 3) * 1j, normalized_shape=(2,)), ValueError, r"normalized_shape: got \(2,\), the last"),
         (lambda: rms_norm(torch.ones(2, 3), normalized_shape=(2,)), ValueError, r"normalized_shape: got \(2,\), the last"),
         (lambda: rms_norm(torch.ones(2, 3), META), ValueError, "weight: is on meta, x is on cpu"),
         (lambda: rms_norm(torch.ones(2, 3), residual=META), ValueError, r"residual: got shape \(3,\), x needs \(2, 3\)"),

@@ -462,8 +462,11 @@ def scaled_dot_product_attention(
             except RuntimeError:
                 raise refusal from None
         if query.shape[-3:-2] == (0,):  # PyTorch 2.11, where it chooses a kernel or repeats heads, divides by their number
-            with sdpa_kernel(SDPBackend.MATH):
-                return _torch(query, key, value, attn_mask, dropout_p, is_causal, scale, False)
+            try:
+                with sdpa_kernel(SDPBackend.MATH):
+                    return _torch(query, key, value, attn_mask, dropout_p, is_causal, scale, False)
+            except RuntimeError as error:
+                raise ValueError(f"query: got shape {tuple(query.shape)}, without heads, and PyTorch says: {error}") from None
     function = choose("attention", query.device.type, backend)
     out: Tensor = function(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return out
