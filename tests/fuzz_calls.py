@@ -634,7 +634,11 @@ def _more_of_norm(call: Call) -> dict[str, float]:
     x = a.get("x", a.get("input", a.get("hidden_states")))
     if not x.numel() or x.is_complex():
         return {}
-    x = x if a.get("residual") is None else x + a["residual"]
+    if a.get("dropout_p"):  # as every backend drops it, from the seed of `evaluate`
+        torch.manual_seed(0)
+        _, x = K.layer_norm(x, residual=a.get("residual"), dropout_p=a["dropout_p"], prenorm=True, backend="reference")
+    elif a.get("residual") is not None:
+        x = x + a["residual"]
     eps = a.get("eps", a.get("variance_epsilon", 1e-6)) or FLOAT32
     spread = x.square().mean(-1) if "rms" in call.function.lower() else x.var(-1, correction=0)
     large = [1 + float(one.abs().max()) for one in (x, a.get("weight")) if one is not None and one.numel()]
