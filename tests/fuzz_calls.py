@@ -729,12 +729,12 @@ def _module(name: str) -> Callable[..., Any]:
 
 def _torch_module(call: Call, a: dict[str, Any]) -> Any:
     """PyTorch's kernels, which ours may be as wrong as: of few features in 16 bits, quite."""
-    if _norm_widens(call):
-        return NotImplemented
     name = call.function.removeprefix("layers.")
     x = a.get("x", a.get("input", a.get("hidden_states")))
     if a.pop("elementwise_affine", True) is False:
         a = {**a, "weight": None, "bias": None}
+    if len({t.dtype for t in a.values() if isinstance(t, Tensor)}) > 1:
+        return NotImplemented
     prenorm = a.pop("prenorm", False)
     x = _sum_before_norm(x, a)
     if x is NotImplemented or {"dropout_p", "unit_offset"} & set(a):
