@@ -65,12 +65,12 @@ class T:
             return torch.empty(self.shape, dtype=dtype, device="meta").requires_grad_(self.grad and dtype.is_floating_point)
         rng = torch.Generator().manual_seed(self.seed)
         if self.values is not None:
-            x = torch.tensor(self.values, dtype=dtype).reshape(self.shape)
+            x = torch.tensor(self.values).to(dtype).reshape(self.shape)  # a narrow dtype wraps what it cannot hold
         elif self.fill == "normal":
             x = torch.randn(self.shape, generator=rng)
             x = x.to(dtype) if dtype.is_floating_point else (3 * x).to(dtype)
         else:
-            choices = torch.tensor(self.fill, dtype=dtype)
+            choices = torch.tensor(self.fill).to(dtype)
             x = choices[torch.randint(len(choices), self.shape, generator=rng)]
         if wide and dtype.is_floating_point:
             x = x.double()
