@@ -108,6 +108,20 @@ def reduced(loss: Tensor, target: Tensor, weight: Tensor | None, reduction: str,
     return loss.sum() / torch.where(total == 0, torch.nan, total)
 
 
+def finished(
+    loss: Tensor,
+    aux: CrossEntropyAux,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    z_loss: float,
+) -> Tensor:
+    """`reduced`, and the z-loss where the kernels were to leave it out (`divided_twice`); 0.0 where it is in the loss."""
+    loss = reduced(loss, target, weight, reduction, ignore_index)
+    return loss if z_loss == 0.0 else loss + z_penalty(aux.lse, target != ignore_index, z_loss, reduction)
+
+
 def check_options(reduction: str, label_smoothing: float, softcap: float, z_loss: float) -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: got {reduction!r}, allowed are 'mean', 'sum' and 'none'")
@@ -173,11 +187,13 @@ def shaped(result: Any, shape: Sequence[int], reduction: str, return_aux: bool) 
     return loss if aux is None else (loss, CrossEntropyAux(*(part.view(shape) for part in aux)))
 
 
-def nan_rows(target: Tensor, vocabulary: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """(what to add to the rows, targets that exist): for PyTorch's own loss where values are not checked, so that a target out
-    of range makes its row NaN and reads nothing."""
+def with_nan_rows(rows: Tensor, target: Tensor, vocabulary: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """(rows, targets that exist): for PyTorch's own loss where values are not checked, so that a target out of range makes its
+    row NaN and reads nothing."""
+    if checks_values(rows.device.type):
+        return rows, target
     outside = (target != ignore_index) & ((target < 0) | (target >= vocabulary))
-    return torch.where(outside, torch.nan, 0.0)[:, None], torch.where(outside, 0, target)
+    return rows + torch.where(outside, torch.nan, 0.0)[:, None], torch.where(outside, 0, target)
 
 
 Tensors = dict[str, Tensor]
@@ -389,9 +405,7 @@ def _triton(
     return_aux: bool,
 ) -> Any:
     if logits.dtype == torch.float64:
-        if not checks_values(logits.device.type):
-            rows, target = nan_rows(target, logits.shape[1], ignore_index)
-            logits = logits + rows
+        logits, target = with_nan_rows(logits, target, logits.shape[1], ignore_index)
         return cross_entropy_reference(
             logits, target, weight, reduction, ignore_index, label_smoothing, softcap, z_loss, False, return_aux
         )
@@ -402,10 +416,9 @@ def _triton(
     loss, lse, target_logits, correct = _forward(
         logits, target, weight, ignore_index, label_smoothing, softcap, 0.0 if apart else z_loss, return_aux or apart, inplace
     )
-    loss = reduced(loss, target, weight, reduction, ignore_index)
-    if apart:
-        loss = loss + z_penalty(lse, target != ignore_index, z_loss, reduction)
-    return (loss, CrossEntropyAux(target_logits, lse, correct)) if return_aux else loss
+    aux = CrossEntropyAux(target_logits, lse, correct)
+    loss = finished(loss, aux, target, weight, reduction, ignore_index, z_loss if apart else 0.0)
+    return (loss, aux) if return_aux else loss
 
 
 def divided_twice(weight: Tensor | None, reduction: str, z_loss: float) -> bool:

@@ -50,15 +50,15 @@ from .cross_entropy import (
     cross_entropy_reference,
     divided_twice,
     empty_rows,
+    finished,
     given_gradients,
     indices,
-    nan_rows,
     per_token,
     present,
     reduced,
     second_derivative,
     shaped,
-    z_penalty,
+    with_nan_rows,
 )
 from .cross_entropy import kernels as row_kernels
 
@@ -646,9 +646,7 @@ def _triton(
 ) -> Any:
     dtype = compute_dtype(input, linear_weight)
     if torch.float64 in (input.dtype, dtype):
-        if not checks_values(input.device.type):
-            rows, target = nan_rows(target, linear_weight.shape[0], ignore_index)
-            input = input + rows
+        input, target = with_nan_rows(input, target, linear_weight.shape[0], ignore_index)
         return linear_cross_entropy_reference(
             input,
             linear_weight,
@@ -684,10 +682,9 @@ def _triton(
         keep,
         filter_gradients,
     )
-    loss = reduced(loss, target, weight, reduction, ignore_index)
-    if apart:
-        loss = loss + z_penalty(lse, target != ignore_index, z_loss, reduction)
-    return (loss, CrossEntropyAux(target_logits, lse, correct)) if return_aux else loss
+    aux = CrossEntropyAux(target_logits, lse, correct)
+    loss = finished(loss, aux, target, weight, reduction, ignore_index, z_loss if apart else 0.0)
+    return (loss, aux) if return_aux else loss
 
 
 register(

@@ -354,19 +354,25 @@ def longest(a: Arguments, cu: list[int]) -> int:
     return most + 10 if seldom(a.draw, 6) else most
 
 
+def packed_problem(a: Arguments, n: dict[str, int], sequences: int, names: str) -> list[int]:
+    """Packed q, k and v, where their sequences end and the longest of each, under these seven names; the keys of each sequence."""
+    q_name, k_name, v_name, *lengths = names.split()
+    (cu_q, q), (cu_k, k) = ends(a, sequences), ends(a, sequences)
+    a.tensor(q_name, (q, n["heads"], n["dim"]), grad=True)
+    a.tensor(k_name, (k, n["groups"], n["dim"]), grad=True)
+    a.tensor(v_name, (k, n["groups"], n["v_dim"]), grad=True)
+    a.found[lengths[0]], a.found[lengths[1]] = (T((len(cu),), "int32", values=tuple(cu)) for cu in (cu_q, cu_k))
+    a.found[lengths[2]], a.found[lengths[3]] = longest(a, cu_q), longest(a, cu_k)
+    return [max(y - x, 0) for x, y in itertools.pairwise(cu_k)]
+
+
 @calls("flash_attn_varlen_func")
 def _(a: Arguments) -> int:
     draw, n = a.draw, sizes(a.draw)
     sequences = draw(one(2, 1, 3, 0))
-    (cu_q, q), (cu_k, k) = ends(a, sequences), ends(a, sequences)
-    a.tensor("q", (q, n["heads"], n["dim"]), grad=True)
-    a.tensor("k", (k, n["groups"], n["dim"]), grad=True)
-    a.tensor("v", (k, n["groups"], n["v_dim"]), grad=True)
-    a.found["cu_seqlens_q"] = T((len(cu_q),), "int32", values=tuple(cu_q))
-    a.found["cu_seqlens_k"] = T((len(cu_k),), "int32", values=tuple(cu_k))
-    a.found["max_seqlen_q"], a.found["max_seqlen_k"] = longest(a, cu_q), longest(a, cu_k)
+    keys = packed_problem(a, n, sequences, "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k")
     outputs = flash_options(a, n, sequences)
-    used_keys(a, [max(y - x, 0) for x, y in itertools.pairwise(cu_k)])
+    used_keys(a, keys)
     a.spoil("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "s_aux", "seqused_k")
     return outputs
 
@@ -425,13 +431,7 @@ def _more_of_varlen(call: Call) -> dict[str, float]:
 def _(a: Arguments) -> int:
     draw, n = a.draw, sizes(a.draw)
     sequences = draw(one(2, 1, 3, 0))
-    (cu_q, q), (cu_k, k) = ends(a, sequences), ends(a, sequences)
-    a.tensor("query", (q, n["heads"], n["dim"]), grad=True)
-    a.tensor("key", (k, n["groups"], n["dim"]), grad=True)
-    a.tensor("value", (k, n["groups"], n["v_dim"]), grad=True)
-    a.found["cu_seq_q"] = T((len(cu_q),), "int32", values=tuple(cu_q))
-    a.found["cu_seq_k"] = T((len(cu_k),), "int32", values=tuple(cu_k))
-    a.found["max_q"], a.found["max_k"] = longest(a, cu_q), longest(a, cu_k)
+    keys = packed_problem(a, n, sequences, "query key value cu_seq_q cu_seq_k max_q max_k")
     if n["heads"] != n["groups"] and not a.wrong(4):
         a.found["enable_gqa"] = True
     a.maybe("scale", SCALES, 5)
@@ -439,7 +439,7 @@ def _(a: Arguments) -> int:
     a.maybe("num_splits", Option((1, 3), (0, -1)), 10)
     if draw(st.booleans()):
         a.found["aux"] = True
-    used_keys(a, [max(y - x, 0) for x, y in itertools.pairwise(cu_k)])
+    used_keys(a, keys)
     a.spoil("query", "key", "value", "cu_seq_q", "cu_seq_k", "seqused_k")
     return 2 if "aux" in a.found else 1
 
