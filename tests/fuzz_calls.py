@@ -355,7 +355,7 @@ def longest(a: Arguments, cu: list[int]) -> int:
 
 
 def packed_problem(a: Arguments, n: dict[str, int], sequences: int, names: str) -> list[int]:
-    """Packed q, k and v, where their sequences end and the longest of each, under these seven names; the keys of each sequence."""
+    """Packed q, k and v, where their sequences end and the longest of each, under seven names; the keys of each sequence."""
     q_name, k_name, v_name, *lengths = names.split()
     (cu_q, q), (cu_k, k) = ends(a, sequences), ends(a, sequences)
     a.tensor(q_name, (q, n["heads"], n["dim"]), grad=True)
