@@ -11,6 +11,7 @@ import dataclasses
 import os
 import random
 import time
+import traceback
 from collections import Counter
 from typing import Any
 
@@ -92,18 +93,33 @@ def test_a_call_prints_as_python_that_makes_it_again():
     assert eval(repr(call)) == call
 
 
+def test_an_error_of_the_search_itself_is_reported_and_does_not_end_it(monkeypatch, capsys):
+    def broken(call, slow):
+        raise KeyError("of the search")
+
+    monkeypatch.setitem(globals(), "check", broken)
+    monkeypatch.setenv("WIKIGPT_FUZZ_ONLY", "apply_rotary_emb_qk")
+    counts, findings = Counter[str](), dict[Any, Finding]()
+    search(0.3, capsys, counts, findings)
+    assert [(f.call.function, f.what) for f in findings.values()] == [("apply_rotary_emb_qk", "the search itself fails")]
+    assert counts["apply_rotary_emb_qk"] > 20
+
+
 @pytest.mark.skipif(not MINUTES, reason="as long as WIKIGPT_FUZZ_MINUTES says")
 def test_no_finding_as_long_as_it_is_told_to_look(capsys):
-    counts, findings = search(60 * MINUTES, capsys)
-    with capsys.disabled():
-        print("\nexamples: " + ", ".join(f"{name} {counts[name]}" for name in sorted(STRATEGIES)))
-        print(f"{sum(counts.values())} examples, {len(findings)} findings")
+    counts, findings = Counter[str](), dict[Any, Finding]()
+    try:
+        search(60 * MINUTES, capsys, counts, findings)
+    finally:  # Ctrl-C too
+        with capsys.disabled():
+            print("\nexamples: " + ", ".join(f"{name} {counts[name]}" for name in sorted(STRATEGIES)))
+            print(f"{sum(counts.values())} examples, {len(findings)} findings")
     assert not findings, "\n\n".join(str(f) for f in findings.values())
 
 
-def search(seconds: float, capsys: Any, batch: int = 20) -> tuple[Counter[str], dict[Any, Finding]]:
+def search(seconds: float, capsys: Any, counts: Counter[str], findings: dict[Any, Finding], batch: int = 20) -> None:
     """Every function in turn, `batch` calls at a time. A finding is shrunk and printed once; then the search goes on."""
-    end, counts, findings = time.monotonic() + seconds, Counter[str](), {}
+    end = time.monotonic() + seconds
     only = os.environ.get("WIKIGPT_FUZZ_ONLY", "")
     number = int(os.environ.get("WIKIGPT_FUZZ_SEED", random.SystemRandom().randrange(2**32)))
     with capsys.disabled():
@@ -114,11 +130,10 @@ def search(seconds: float, capsys: Any, batch: int = 20) -> tuple[Counter[str], 
             if only not in name or time.monotonic() > end:
                 continue
             found = one_round(name, number, batch, counts, findings)
-            if found is not None:
+            if found is not None and found.key not in findings:
                 findings[found.key] = found
                 with capsys.disabled():
                     print(f"\n--- {found}", flush=True)
-    return counts, findings
 
 
 def one_round(name: str, number: int, batch: int, counts: Counter[str], known: dict[Any, Finding]) -> Finding | None:
@@ -135,21 +150,28 @@ def one_round(name: str, number: int, batch: int, counts: Counter[str], known: d
         counts[name] += 1
         try:
             check(call, slow=interpreted(call))
-        except Finding as found:
+        except Exception as error:
+            found = as_finding(call, error)
             if found.key in known:
                 return
             began.append(time.monotonic())
             if last and (found.key != last[0].key or began[-1] > began[0] + 60):
                 return  # shrink the one that was found, into no other, for a minute
             last[:1] = [found]
-            raise
+            raise found from None
 
     try:
         holds()
     except Finding:
         return last[0]
-    except BaseException as error:
-        if last:
-            return last[0]
-        raise error
+    except Exception as error:  # Hypothesis: what it shrinks does not fail alike twice, or a strategy fails
+        return last[0] if last else as_finding(Call(name, {}), error)
     return None
+
+
+def as_finding(call: Call, error: Exception) -> Finding:
+    """An error of the search itself is a finding too: it did not see what it meant to look at."""
+    if isinstance(error, Finding):
+        return error
+    where = "".join(traceback.format_tb(error.__traceback__)[-3:])
+    return Finding(call, "the search itself fails", f"{type(error).__name__}: {error}\n{where}")
