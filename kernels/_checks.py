@@ -9,6 +9,9 @@ from torch import Tensor
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""The floating dtypes that operators compute in, PyTorch's too: those of 8 bits are for storage."""
+
 
 def as_float(name: str, value: Any) -> Any:
     """A number of any type, numpy's included. TypeError that names the argument for what is none."""
@@ -20,6 +23,12 @@ def as_float(name: str, value: Any) -> Any:
     except (TypeError, ValueError, RuntimeError):
         pass
     raise TypeError(f"{name}: got {type(value).__name__}, allowed is float")
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    """TypeError for a dtype that is not in FLOATS."""
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, allowed are float16, bfloat16, float32 and float64")
 
 
 def has_functions(tensor: Tensor) -> bool:
@@ -48,4 +57,4 @@ def check_tensors(names: str, needed: tuple[Tensor, ...], optional: tuple[Tensor
             )
 
 
-__all__ = ["as_float", "check_tensors", "has_functions"]
+__all__ = ["FLOATS", "as_float", "check_float", "check_tensors", "has_functions"]

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
 
-from ._autograd import register_autograd, register_vmap
+from ._autograd import call_in_place, register_autograd, register_vmap
+from ._checks import FLOATS, check_float
 from ._dispatch import NAMESPACE, Implementation, checks_values, choose, refuse_forward_mode, register, why_not_triton
 
 
@@ -134,6 +135,7 @@ def check_options(reduction: str, label_smoothing: float, softcap: float, z_loss
 
 def check_weight(weight: Tensor, vocabulary: int, target: Tensor) -> None:
     """weight (V); PyTorch gives it no derivative either, but with class probabilities."""
+    check_float("weight", weight)
     if weight.shape != (vocabulary,):
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, need ({vocabulary},), one number for each class")
     if weight.requires_grad and torch.is_grad_enabled() and not target.is_floating_point():
@@ -141,8 +143,8 @@ def check_weight(weight: Tensor, vocabulary: int, target: Tensor) -> None:
 
 
 def check_target_dtype(target: Tensor, ignore_index: int, return_aux: bool) -> None:
-    """Class indices or, of any floating dtype, class probabilities."""
-    if target.is_floating_point():
+    """Class indices or, of a floating dtype, class probabilities."""
+    if target.dtype in FLOATS:
         if ignore_index >= 0:
             raise ValueError(f"ignore_index: got {ignore_index}, but class probabilities (a floating target) ignore nothing")
         if return_aux:
@@ -151,13 +153,24 @@ def check_target_dtype(target: Tensor, ignore_index: int, return_aux: bool) -> N
         raise TypeError(f"target: got dtype {target.dtype}, allowed are int64 and uint8, or floating for class probabilities")
 
 
-def check_devices(**tensors: Tensor | None) -> None:
-    """All on the device of the first."""
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    first = next(iter(given))
-    for name, tensor in given.items():
-        if tensor.device != given[first].device:
-            raise ValueError(f"{name}: got device {tensor.device}, {first} is on {given[first].device}")
+def of_one_row(shape: Sequence[int], target: Tensor) -> Tensor:
+    """target () where it is that of logits of this shape, (V), in PyTorch's other way of writing it, (1)."""
+    one = len(shape) == 1 and shape[0] != 1 and target.shape == (1,) and not target.is_floating_point()
+    return target[0] if one else target
+
+
+def check_devices(input: Tensor, needed: dict[str, Tensor], optional: dict[str, Tensor | None]) -> None:
+    """Tensors on the device of the first."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input: got {type(input).__name__}, need a tensor")
+    device = input.device
+    for name, tensor in (needed | optional).items():
+        if tensor is None and name in optional:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, need a tensor")
+        if tensor.device != device:
+            raise ValueError(f"{name}: got device {tensor.device}, input is on {device}")
 
 
 def check_targets(target: Tensor, vocabulary: int, ignore_index: int) -> None:
@@ -383,7 +396,7 @@ def _backward(ctx, grad_loss, *of_aux):  # type: ignore[no-untyped-def]
     if ctx.inplace and logits.stride(-1) == 1 and not torch.is_grad_enabled():
         # Detached, it still counts as changed: a second backward over the same graph is refused by autograd.
         logits = logits.detach()
-        _grad_(grad_loss, lse, logits, target, weight, *ctx.options, of_lse, of_target)
+        call_in_place(_grad_, (logits,), grad_loss, lse, logits, target, weight, *ctx.options, of_lse, of_target)
         return logits, *nothing
     return _grad(grad_loss, lse, logits, target, weight, *ctx.options, of_lse, of_target), *nothing
 
@@ -484,22 +497,32 @@ def computed(
     vocabulary, shape = input.shape[-1], input.shape[:-1]
     if target.is_floating_point():
         function, target = cross_entropy_reference, target.reshape(-1, vocabulary)
+        checked = False
     else:
         target = indices(target)
-        if checks_values(input.device.type):
+        checked = checks_values(input.device.type)
+    # PyTorch's own on the CPU looks at every target; a look before would take half as long as a small loss.
+    checks_itself = function is cross_entropy_reference and input.device.type == "cpu"
+    if checked and not checks_itself:
+        check_targets(target, vocabulary, ignore_index)
+    rows = input.reshape(-1, vocabulary)
+    try:
+        result = function(
+            rows,
+            target,
+            weight,
+            reduction,
+            ignore_index,
+            label_smoothing,
+            softcap,
+            z_loss,
+            inplace_backward,
+            return_aux,
+        )
+    except (IndexError, RuntimeError):
+        if checked and checks_itself:
             check_targets(target, vocabulary, ignore_index)
-    result = function(
-        input.reshape(-1, vocabulary),
-        target,
-        weight,
-        reduction,
-        ignore_index,
-        label_smoothing,
-        softcap,
-        z_loss,
-        inplace_backward,
-        return_aux,
-    )
+        raise
     return shaped(result, shape, reduction, return_aux)
 
 
@@ -538,19 +561,19 @@ def cross_entropy(
     Raises ValueError or TypeError for shapes, dtypes, devices and options that do not fit. A target out of range raises
     IndexError on the CPU and under `debug_checks()`; otherwise its loss and its gradient are NaN on a GPU.
     """
-    if not input.is_floating_point():
-        raise TypeError(f"input: got dtype {input.dtype}, allowed are floating-point dtypes")
+    check_devices(input, {"target": target}, {"weight": weight})
+    check_float("input", input)
     if size_average is not None or reduce is not None:  # PyTorch's of old, which override `reduction` and warn
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if target.dtype != torch.int64:
         check_target_dtype(target, ignore_index, return_aux)
+    target = of_one_row(input.shape, target)
     classes = class_dimension(input.shape, target)
     if input.shape[classes] == 0:
         raise ValueError(f"input: got shape {tuple(input.shape)}, need at least 1 class")
     if weight is not None:
         check_weight(weight, input.shape[classes], target)
     check_options(reduction, label_smoothing, softcap, z_loss)
-    check_devices(input=input, target=target, weight=weight)
     function = choose("cross_entropy", input.device.type, backend)
     return computed(
         function,

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._autograd import register_autograd, register_vmap
+from ._checks import check_float
 from ._dispatch import (
     NAMESPACE,
     Implementation,
@@ -53,6 +54,7 @@ from .cross_entropy import (
     finished,
     given_gradients,
     indices,
+    of_one_row,
     per_token,
     present,
     reduced,
@@ -789,14 +791,16 @@ def linear_cross_entropy(
     Raises ValueError or TypeError for shapes, dtypes, devices and options that do not fit. A target out of range raises
     IndexError on the CPU and under `debug_checks()`; otherwise its loss and gradients are NaN on a GPU.
     """
+    check_devices(input, {"linear_weight": linear_weight, "target": target}, {"linear_bias": linear_bias, "weight": weight})
     if ignore_index is not None and target.is_floating_point():
         raise ValueError(f"ignore_index: got {ignore_index}, but class probabilities (a floating target) ignore nothing")
     ignore_index = -100 if ignore_index is None else ignore_index
-    for name, matrix in (("input", input), ("linear_weight", linear_weight)):
-        if not matrix.is_floating_point() or matrix.element_size() == 1:
-            raise TypeError(f"{name}: got dtype {matrix.dtype}, allowed are float16, bfloat16, float32 and float64")
+    for name, matrix in (("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if matrix is not None:
+            check_float(name, matrix)
     if input.dim() == 0:
         raise ValueError("input: got a scalar, need (..., D)")
+    target = of_one_row(linear_weight.shape[:1] if input.dim() == 1 else (), target)
     plain = linear_weight.dim() == 2 and target.shape == input.shape[:-1]
     if target.is_floating_point() and plain:
         raise TypeError(f"target: got dtype {target.dtype}, class indices in this shape are int64 or uint8")
@@ -814,7 +818,6 @@ def linear_cross_entropy(
     if weight is not None:
         check_weight(weight, linear_weight.shape[0], target)
     check_options(reduction, label_smoothing, softcap, z_loss)
-    check_devices(input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias, weight=weight)
     function = choose("linear_cross_entropy", input.device.type, backend)
     if target.is_floating_point() or linear_weight.dim() > 2:
         return _by_pytorch(

@@ -17,7 +17,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from ._autograd import register_autograd, register_vmap
+from ._autograd import call_in_place, register_autograd, register_vmap
 from ._dispatch import (
     NAMESPACE,
     Implementation,
@@ -84,10 +84,11 @@ def apply_rotary_emb_reference(
     cos, sin = _angles(cos, sin, positions)
     turning, rest = x.split((2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]), dim=-1)
     x1, x2 = turning.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else turning.chunk(2, dim=-1)
-    y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+    y1, y2 = torch.addcmul(x1 * cos, x2, sin, value=-1), torch.addcmul(x2 * cos, x1, sin)
+    if wide != dtype:  # before they are joined, which then moves less memory
+        y1, y2, rest = y1.to(dtype), y2.to(dtype), rest.to(dtype)
     y = torch.stack((y1, y2), dim=-1).flatten(-2) if interleaved else torch.cat((y1, y2), dim=-1)
-    y = torch.cat((y, rest), dim=-1) if rest.shape[-1] else y
-    return y if y.dtype == dtype else y.to(dtype)
+    return torch.cat((y, rest), dim=-1) if rest.shape[-1] else y
 
 
 # --- registered op --------------------------------------------------------------------------------------------------
@@ -176,13 +177,21 @@ def _triton(
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         # One after the other: autograd lets no function with two results write into views.
         return tuple(_InPlace.apply(x, cos, sin, positions, interleaved) for x in tensors)
-    _rotary_(q, k, cos, sin, positions, interleaved)
+    call_in_place(_rotary_, (q,) if k is None else (q, k), q, k, cos, sin, positions, interleaved)
     return tensors
+
+
+_IN_CACHE = 2**17  # numbers that are widened at a time
 
 
 def _turn_halves(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     half = cos.shape[-1]
     y = torch.empty_like(x)
+    if x.dtype != cos.dtype:  # of 16 bits: a few heads at a time, because the whole of them in float32 would not fit a cache
+        heads = max(1, _IN_CACHE * x.shape[1] // x.numel())
+        for some, turned in zip(x.split(heads, dim=1), y.split(heads, dim=1)):
+            turned.copy_(_turn_halves(some.to(cos.dtype), cos, sin, sign))
+        return y
     (x1, x2, rest), (y1, y2, y_rest) = (t.split((half, half, x.shape[-1] - 2 * half), dim=-1) for t in (x, y))
     torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-sign)
     torch.mul(x2, cos, out=y2).addcmul_(x1, sin, value=sign)
@@ -194,13 +203,10 @@ class _Halves(torch.autograd.Function):
     """The reference's halves in four passes over half the data, where its separate products, sums and `cat` are seven."""
 
     @staticmethod
-    def forward(x, cos, sin, sign):  # type: ignore[no-untyped-def]
-        return _turn_halves(x, cos, sin, sign)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        _, cos, sin, ctx.sign = inputs
+    def forward(ctx, x, cos, sin, sign):  # type: ignore[no-untyped-def]
+        ctx.sign = sign
         ctx.save_for_backward(cos, sin)
+        return _turn_halves(x, cos, sin, sign)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -223,8 +229,10 @@ def _turn_on_cpu(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, 
         return apply_rotary_emb_reference(x, cos, sin, positions, interleaved)
     dtype, wide = x.dtype, _wide(x, cos)
     if not dtype == cos.dtype == sin.dtype == wide:
-        return _turn_on_cpu(x.to(wide), cos.to(wide), sin.to(wide), positions, interleaved).to(dtype)
+        cos, sin = cos.to(wide), sin.to(wide)
     if interleaved:
+        if dtype != wide:
+            return _turn_on_cpu(x.to(wide), cos, sin, positions, interleaved).to(dtype)
         complex_view = x.stride(-1) == 1 and not any(n % 2 for n in (*x.stride()[:-1], x.storage_offset()))
         if complex_view:
             return _turn_pairs(x, *_angles(cos, sin, positions))

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._autograd import call_in_place
 from .._checks import check_tensors
 from .._dispatch import NAMESPACE, Implementation, checks_values, choose, only_on, register, why_not_triton
 from .functional import _float, _window, casting_to, changing, readable
@@ -213,7 +214,8 @@ def _implementation(name: str) -> Any:
     def function(x: CacheInputs) -> tuple[Tensor, Tensor]:
         if x.changing is not None:
             x = replace(x, softmax_scale=1.0, softcap=0.0)
-        out, lse = _flash_attn_with_kvcache(*[getattr(x, field) for field in _NAMES], name)
+        fields = [getattr(x, field) for field in _NAMES]
+        out, lse = call_in_place(_flash_attn_with_kvcache, (x.k_cache, x.v_cache), *fields, name)
         return out, lse
 
     return function

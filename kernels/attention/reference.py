@@ -87,6 +87,9 @@ class Inputs:
         lse = q.new_empty(self.lse_shape(), dtype=wide)
         if not self.top_left or q.is_contiguous():
             return q.new_empty(shape), lse
+        heads_first = q.transpose(-3, -2)
+        if heads_first.is_contiguous():  # as nearly always
+            return q.new_empty(*heads_first.shape[:-1], shape[-1]).transpose(-3, -2), lse
         order = memory_order(q)
         out = q.new_empty([shape[i] for i in order]).permute([order.index(i) for i in range(len(order))])
         return out, lse
