@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -25,8 +26,20 @@ def as_float(name: str, value: Any) -> Any:
     raise TypeError(f"{name}: got {type(value).__name__}, allowed is float")
 
 
-def check_float(name: str, tensor: Tensor) -> None:
-    """TypeError for a dtype that is not in FLOATS."""
+def as_int(name: str, value: Any) -> Any:
+    """A whole number of any type, numpy's and a tensor's included. TypeError that names the argument for what is none."""
+    if isinstance(value, (int, torch.SymInt, Tensor)):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: got {type(value).__name__}, allowed is int") from None
+
+
+def check_float(name: str, tensor: Any) -> None:
+    """TypeError for what is no tensor, or has a dtype that is not in FLOATS."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, need a tensor")
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, allowed are float16, bfloat16, float32 and float64")
 
@@ -57,4 +70,4 @@ def check_tensors(names: str, needed: tuple[Tensor, ...], optional: tuple[Tensor
             )
 
 
-__all__ = ["FLOATS", "as_float", "check_float", "check_tensors", "has_functions"]
+__all__ = ["FLOATS", "as_float", "as_int", "check_float", "check_tensors", "has_functions"]

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from ._autograd import call_in_place, register_autograd, register_vmap
-from ._checks import FLOATS, check_float
+from ._checks import FLOATS, as_float, as_int, check_float
 from ._dispatch import NAMESPACE, Implementation, checks_values, choose, refuse_forward_mode, register, why_not_triton
 
 
@@ -126,10 +126,10 @@ def finished(
 def check_options(reduction: str, label_smoothing: float, softcap: float, z_loss: float) -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: got {reduction!r}, allowed are 'mean', 'sum' and 'none'")
-    if not 0.0 <= label_smoothing <= 1.0:
+    if not 0.0 <= as_float("label_smoothing", label_smoothing) <= 1.0:
         raise ValueError(f"label_smoothing: got {label_smoothing}, must be between 0 and 1")
     for name, number in (("softcap", softcap), ("z_loss", z_loss)):
-        if not number >= 0.0:
+        if not as_float(name, number) >= 0.0:
             raise ValueError(f"{name}: got {number}, must be 0 or more")
 
 
@@ -563,6 +563,7 @@ def cross_entropy(
     """
     check_devices(input, {"target": target}, {"weight": weight})
     check_float("input", input)
+    ignore_index = as_int("ignore_index", ignore_index)
     if size_average is not None or reduce is not None:  # PyTorch's of old, which override `reduction` and warn
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if target.dtype != torch.int64:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ._checks import check_tensors
 from .activation import geglu, gelu, swiglu
 from .norm import layer_norm, rms_norm
 from .rotary import apply_rotary_emb_qk
@@ -95,11 +96,14 @@ class rotary_pos_emb(nn.Module):  # transformers' name
     can_torch_compile = True
 
     def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        check_tensors("q k cos sin", (q, k, cos, sin))
         for name, table in (("cos", cos), ("sin", sin)):
             if q.dim() != 4 or k.dim() != 4 or table.dim() != 3 or table.shape[0] not in (1, q.shape[0]):
                 raise ValueError(
                     f"{name}: got shape {tuple(table.shape)}, q {tuple(q.shape)} with k {tuple(k.shape)} needs (B or 1, S, R)"
                 )
+        if unsqueeze_dim not in (1, 2):
+            raise ValueError(f"unsqueeze_dim: got {unsqueeze_dim}, allowed are 1 and 2")
         half = cos.shape[-1] // 2
         cos, sin = cos[..., :half].expand(q.shape[0], -1, -1), sin[..., :half].expand(q.shape[0], -1, -1)
         if unsqueeze_dim == 1:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._autograd import register_autograd, register_vmap
-from ._checks import check_float
+from ._checks import as_int, check_float
 from ._dispatch import (
     NAMESPACE,
     Implementation,
@@ -794,7 +794,7 @@ def linear_cross_entropy(
     check_devices(input, {"linear_weight": linear_weight, "target": target}, {"linear_bias": linear_bias, "weight": weight})
     if ignore_index is not None and target.is_floating_point():
         raise ValueError(f"ignore_index: got {ignore_index}, but class probabilities (a floating target) ignore nothing")
-    ignore_index = -100 if ignore_index is None else ignore_index
+    ignore_index = -100 if ignore_index is None else as_int("ignore_index", ignore_index)
     for name, matrix in (("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if matrix is not None:
             check_float(name, matrix)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._autograd import register_autograd, register_vmap
-from ._checks import as_float
+from ._checks import FLOATS, as_float
 from ._dispatch import NAMESPACE, Implementation, choose, refuse_forward_mode, register, why_not_triton
 from .attention.op import seed_for
 from .attention.reference import keep_mask
@@ -353,9 +353,6 @@ register(
 # --- public ---------------------------------------------------------------------------------------------------------
 
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
 def _is_usual(
     x: Tensor,
     weight: Tensor | None,
@@ -373,31 +370,31 @@ def _is_usual(
     return (
         (
             weight is None
-            or (isinstance(weight, Tensor) and weight.shape == size and weight.device == device and weight.dtype in _FLOATS)
+            or (isinstance(weight, Tensor) and weight.shape == size and weight.device == device and weight.dtype in FLOATS)
         )
         and (
             bias is None
-            or (isinstance(bias, Tensor) and bias.shape == size and bias.device == device and bias.dtype in _FLOATS)
+            or (isinstance(bias, Tensor) and bias.shape == size and bias.device == device and bias.dtype in FLOATS)
         )
         and (
             residual is None
             or (isinstance(residual, Tensor)
-            and (residual.shape == x.shape and residual.device == device and residual.dtype in _FLOATS))
+            and (residual.shape == x.shape and residual.device == device and residual.dtype in FLOATS))
         )
         and (normalized_shape is None or tuple(normalized_shape) == size)
         and type(eps) in (float, int) and type(dropout_p) in (float, int) and 0 <= dropout_p < 1
-        and x.dtype in _FLOATS and len(size) == 1 and size[0] != 0
+        and x.dtype in FLOATS and len(size) == 1 and size[0] != 0
     )  # fmt: skip
 
 
 def _check_tensors(x: Tensor, others: dict[str, Tensor | None], shape: tuple[int, ...]) -> None:
-    if x.dtype not in _FLOATS:
+    if x.dtype not in FLOATS:
         raise TypeError(f"x: got dtype {x.dtype}, allowed are float16, bfloat16, float32 and float64")
     _check_shapes(x, others, shape)
     for name, tensor in others.items():
         if tensor is None:
             continue
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATS:
             raise TypeError(f"{name}: got dtype {tensor.dtype}, allowed are float16, bfloat16, float32 and float64")
         if tensor.device != x.device:
             raise ValueError(f"{name}: is on {tensor.device}, x is on {x.device}")
@@ -448,7 +445,7 @@ def _unusual(
         like = weight if weight is not None else bias
         shape = tuple(x.shape[-1:] if like is None else like.shape)
     plain = residual is None and dropout_p == 0 and not (rms and bias is not None) and not unit_offset
-    odd_weight = rms and x.dtype in _FLOATS and weight is not None and not weight.is_floating_point()
+    odd_weight = rms and x.dtype in FLOATS and weight is not None and not weight.is_floating_point()
     if plain and (x.is_nested or (rms and x.is_complex()) or odd_weight):
         if not x.is_nested:
             _check_shapes(x, others, shape)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ._autograd import call_in_place, register_autograd, register_vmap
+from ._checks import as_float, as_int, check_float
 from ._dispatch import (
     NAMESPACE,
     Implementation,
@@ -37,11 +38,12 @@ def rotary_cos_sin(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin (S, D / 2) of the angles position * theta^(-2i / D), computed in float32 (float64 if dtype is). ValueError or
     TypeError for a head_dim that is no whole number from 0 on, and a dtype that is not floating."""
-    if not hasattr(head_dim, "__index__"):
-        raise TypeError(f"head_dim: got {head_dim!r}, need a whole number")
+    if not isinstance(positions, Tensor):
+        raise TypeError(f"positions: got {type(positions).__name__}, need a tensor")
+    head_dim, theta = as_int("head_dim", head_dim), as_float("theta", theta)
     if head_dim < 0:
         raise ValueError(f"head_dim: got {head_dim}, must be 0 or more")
-    if not dtype.is_floating_point:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype: got {dtype}, allowed are floating-point dtypes")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     exponent = torch.arange(0, int(head_dim), 2, device=positions.device, dtype=torch.int64).to(wide) / int(head_dim)
@@ -282,13 +284,12 @@ def _choose(x: Tensor, backend: str | None):  # type: ignore[no-untyped-def]
 
 
 def _check(name: str, x: Tensor, cos: Tensor, sin: Tensor, inplace: bool, positions: Tensor | None) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"{name}: got {x.dim()} dimensions, need 4: (batch, heads, positions, head_dim)")
     for title, tensor in ((name, x), ("cos", cos), ("sin", sin)):
-        if not tensor.is_floating_point() or tensor.element_size() == 1:
-            raise TypeError(f"{title}: got dtype {tensor.dtype}, allowed are float16, bfloat16, float32 and float64")
+        check_float(title, tensor)
         if tensor.device != x.device:
             raise ValueError(f"{title}: is on {tensor.device}, {name} on {x.device}")
+    if x.dim() != 4:
+        raise ValueError(f"{name}: got {x.dim()} dimensions, need 4: (batch, heads, positions, head_dim)")
     batch, _, length, head_dim = x.shape
     if positions is None:
         if tuple(cos.shape[:-1]) not in ((length,), (1, length), (batch, length)):
@@ -296,6 +297,8 @@ def _check(name: str, x: Tensor, cos: Tensor, sin: Tensor, inplace: bool, positi
     else:
         if cos.dim() != 2:
             raise ValueError(f"cos: got shape {tuple(cos.shape)}, with positions a table (max_positions, R / 2)")
+        if not isinstance(positions, Tensor):
+            raise TypeError(f"positions: got {type(positions).__name__}, need a tensor")
         if positions.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"positions: got dtype {positions.dtype}, allowed are int32 and int64")
         if tuple(positions.shape) not in ((length,), (batch, length)):

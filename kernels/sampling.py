@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._checks import check_float, check_tensors
 from ._dispatch import Implementation, checks_values, choose, extension_fake, in_extension, register
 from ._philox import MASK, philox
 
@@ -315,9 +316,7 @@ def _sample(
     backend: str | None,
     joint: bool,
 ) -> Tensor:
-    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.element_size() == 1:
-        kind = f"dtype {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"logits: got {kind}, allowed are tensors of float16, bfloat16, float32 and float64")
+    check_float("logits", logits)
     if logits.dim() == 0 or not 0 < logits.shape[-1] <= 2**30:
         raise ValueError(f"logits: got shape {tuple(logits.shape)}, must be (..., V) with V from 1 to 2^30")
     device = logits.device
@@ -377,6 +376,7 @@ def top_k_top_p_sampling_from_logits(
     if filter_apply_order not in ("top_k_first", "joint"):
         raise ValueError(f"filter_apply_order: got {filter_apply_order!r}, allowed are 'top_k_first' and 'joint'")
     if indices is not None:
+        check_tensors("logits indices", (logits, indices))
         _check_indices(logits, indices)
         logits = logits.index_select(0, indices)
     joint = filter_apply_order == "joint"

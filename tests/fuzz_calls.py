@@ -641,7 +641,8 @@ def _more_of_norm(call: Call) -> dict[str, float]:
         x = x + a["residual"]
     eps = a.get("eps", a.get("variance_epsilon", 1e-6)) or FLOAT32
     spread = x.square().mean(-1) if "rms" in call.function.lower() else x.var(-1, correction=0)
-    large = [1 + float(one.double().abs().max()) for one in (x, a.get("weight")) if one is not None and one.numel()]
+    used = [one for one in (x, a.get("weight")) if one is not None and one.numel() and not one.is_meta]
+    large = [1 + float(one.double().abs().max()) for one in used]
     double = all(t.dtype == "float64" for t in call.tensors().values())
     error = (1e-14 if double else 8 * FLOAT32) * math.prod(large) * float((spread + eps).rsqrt().max())
     if not math.isfinite(error):

@@ -494,6 +494,17 @@ def test_what_pytorch_takes_gives_what_pytorch_gives(implementation, name, reduc
     torch.testing.assert_close(ours.grad, theirs.grad, equal_nan=True)
 
 
+def test_the_target_of_one_row_may_have_a_dimension_as_in_pytorch(implementation):
+    z = torch.randn(5, requires_grad=True)
+    loss = cross_entropy(z, torch.tensor([3]), reduction="none")
+    torch.testing.assert_close(loss, F.cross_entropy(z, torch.tensor([3]), reduction="none"))
+    (ours,) = torch.autograd.grad(loss, z)
+    # PyTorch's own has no backward with that dimension.
+    torch.testing.assert_close(ours, *torch.autograd.grad(F.cross_entropy(z, torch.tensor(3)), z))
+    with pytest.raises(ValueError, match="target: got shape"):
+        cross_entropy(torch.randn(1), torch.tensor([0]))
+
+
 def test_class_probabilities_have_a_gradient_of_their_own(implementation):
     z, p = torch.randn(4, 5), probabilities(4, 5)
     ours, theirs = (torch.func.grad(lambda p, f=f: f(z, p, label_smoothing=0.1))(p) for f in (cross_entropy, F.cross_entropy))

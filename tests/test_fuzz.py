@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import re
 import time
 import traceback
 from collections import Counter
@@ -22,7 +23,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from wikigpt.kernels import layers
 from wikigpt.kernels._dispatch import forced_backend
 
-from tests.fuzz import Call, Finding, T
+from tests.fuzz import Call, Finding, T, evaluate
 from tests.fuzz_calls import FUNCTIONS, NO_CALLS, STRATEGIES, check
 
 EXAMPLES = 12  # of each function
@@ -53,6 +54,36 @@ def test_a_call_is_right_or_refused_in_words(name):
         check(call, slow=interpreted(call))
 
     holds()
+
+
+# A class keeps its tensors as a module of PyTorch's does, and layers replace `forward` alone.
+FUNCTIONS_ALONE = [name for name in sorted(STRATEGIES) if not name.startswith("layers.") and name.lower() == name]
+WRONG: dict[str, Any] = {"a string": "a", "a list": [1.0], "a dict": {}, "an object": object()}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS_ALONE)
+def test_an_argument_of_a_wrong_type_is_refused_in_words(name):
+    spec, seen = FUNCTIONS[name], Counter[str]()
+
+    @settings(
+        max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=QUIET,
+        phases=[Phase.generate],
+    )  # fmt: skip
+    @given(STRATEGIES[name])
+    def holds(call):
+        if evaluate(call, spec.function).error is not None:
+            return
+        for argument, value in call.arguments.items():
+            if isinstance(value, (bool, str, list, tuple)) or value is None:
+                continue  # a flag is true or false whatever its type
+            seen[argument] += 1
+            for what, wrong in WRONG.items():
+                error = evaluate(dataclasses.replace(call, arguments=call.arguments | {argument: wrong}), spec.function).error
+                assert isinstance(error, (TypeError, ValueError)), f"{argument}: {what} gives {error!r} in {call}"
+                assert set(re.findall(r"\w+", str(error))) & set(spec.parameters), f"{argument}: {what} gives {error!r}"
+
+    holds()
+    assert seen
 
 
 # --- what the search itself can see ---------------------------------------------------------------------------------

@@ -499,6 +499,12 @@ def test_what_pytorch_takes_gives_what_pytorch_gives(implementation, name, reduc
         torch.testing.assert_close(o, t)
 
 
+def test_the_target_of_one_token_may_have_a_dimension_as_in_pytorch(implementation):
+    x, w = torch.randn(6), torch.randn(5, 6)
+    loss = lce(x, w, torch.tensor([3]), reduction="none")
+    torch.testing.assert_close(loss, pytorchs(x, w, torch.tensor([3]), None, reduction="none"))
+
+
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch.nn.functional has it from 2.13 on")
 @pytest.mark.parametrize("ignore_index", [None, 2])
 @pytest.mark.parametrize("options", [None, "chunks"])

@@ -13,14 +13,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .._checks import check_tensors, has_functions
+from .._checks import FLOATS, as_float, as_int, check_tensors, has_functions
 from .._dispatch import Implementation, checks_values, choose, debug_checks, only_on, register, why_not_triton
 from .op import attention, seed_for
 from .reference import MAX_HEAD_DIM, Inputs, laid_out_like, visible
 
 # --- checks ---------------------------------------------------------------------------------------------------------
-
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check(x: Inputs) -> Inputs:
@@ -31,7 +29,7 @@ def check(x: Inputs) -> Inputs:
     rank = 4 if x.cu_seqlens_q is None else 3
     layout = "(batch, positions, heads, head_dim)" if rank == 4 else "(tokens, heads, head_dim)"
     dtype, device = x.q.dtype, x.q.device
-    if dtype not in _FLOATS:
+    if dtype not in FLOATS:
         raise TypeError(f"q: got dtype {dtype}, allowed are float16, bfloat16, float32 and float64")
     for name, tensor in (("q", x.q), ("k", x.k), ("v", x.v)):
         if tensor.dim() != rank:
@@ -87,7 +85,7 @@ def _check_masks(x: Inputs, heads: int) -> None:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, must broadcast to {full}")
     if x.mask is not None and x.mask.dtype != torch.bool:
         raise TypeError(f"attn_mask: got dtype {x.mask.dtype}, allowed is bool (an additive mask is attn_bias)")
-    if x.bias is not None and x.bias.dtype not in _FLOATS:
+    if x.bias is not None and x.bias.dtype not in FLOATS:
         raise TypeError(f"attn_bias: got dtype {x.bias.dtype}, allowed are float16, bfloat16, float32 and float64")
 
 
@@ -320,7 +318,7 @@ def _check_sdpa(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() < 2:
             raise ValueError(f"{name}: got {tensor.dim()} dimensions, need 2 or more: (..., positions, head_dim)")
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATS:
             raise ValueError(f"{name}: got dtype {tensor.dtype}, allowed are float16, bfloat16, float32 and float64")
         if tensor.dtype != query.dtype and not casting:
             raise ValueError(f"{name}: got dtype {tensor.dtype}, query has {query.dtype}")
@@ -330,8 +328,7 @@ def _check_sdpa(
         raise ValueError(f"key: got head_dim {key.shape[-1]}, query has {query.shape[-1]}")
     if key.shape[-2] != value.shape[-2]:
         raise ValueError(f"value: got shape {tuple(value.shape)}, key has {tuple(key.shape)}")
-    if dropout_p is None:
-        raise TypeError("dropout_p: got None, must be from 0 to 1")
+    dropout_p = as_float("dropout_p", dropout_p)
     if attn_mask is not None:
         fits = attn_mask.dtype in (torch.bool, query.dtype, torch.float32) or (casting and attn_mask.is_floating_point())
         if not fits:
@@ -431,13 +428,13 @@ def scaled_dot_product_attention(
     simple = (
         type(query) is type(key) is type(value) is Tensor
         and query.dtype == key.dtype == value.dtype
-        and dropout_p is not None
+        and isinstance(dropout_p, (float, int))
         and 0.0 <= dropout_p < 1.0
         and not (query.is_nested or key.is_nested or value.is_nested)
     )
     if simple:
         q, k = query.shape, key.shape
-        simple = len(q) == len(k) == 4 and value.shape == k and q[0] == k[0] and q[3] == k[3] and query.dtype in _FLOATS
+        simple = len(q) == len(k) == 4 and value.shape == k and q[0] == k[0] and q[3] == k[3] and query.dtype in FLOATS
         simple = simple and k[1] > 0 and (q[1] == k[1] or (enable_gqa and q[1] % k[1] == 0))
     if not simple or (attn_mask is not None and (is_causal or not _is_simple(attn_mask, query, key))):
         for name, tensor in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
@@ -513,8 +510,9 @@ def _flash(
     )  # fmt: skip
     q, k, v = autocast(q, k, v)
     left, right = _window(window_size, causal)
-    dropout_p = 0.0 if dropout_p is None else dropout_p
-    softcap = 0.0 if softcap is None else softcap
+    dropout_p = 0.0 if dropout_p is None else as_float("dropout_p", dropout_p)
+    softcap = 0.0 if softcap is None else as_float("softcap", softcap)
+    softmax_scale = None if softmax_scale is None else as_float("softmax_scale", softmax_scale)
     default = 1 / math.sqrt(max(q.shape[-1], 1)) if q.dim() else 1.0
     x = Inputs(
         q,
@@ -630,6 +628,7 @@ def flash_attn_varlen_func(
     if max_seqlen_q is None or max_seqlen_k is None:
         name = "max_seqlen_q" if max_seqlen_q is None else "max_seqlen_k"
         raise TypeError(f"{name}: got None, need the length of the longest sequence")
+    max_seqlen_q, max_seqlen_k = as_int("max_seqlen_q", max_seqlen_q), as_int("max_seqlen_k", max_seqlen_k)
     return _flash(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, return_attn_probs, backend,
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,

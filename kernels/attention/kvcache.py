@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import operator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import call_in_place
-from .._checks import check_tensors
+from .._checks import as_float, as_int, check_tensors
 from .._dispatch import NAMESPACE, Implementation, checks_values, choose, only_on, register, why_not_triton
 from .functional import _float, _window, casting_to, changing, readable
 from .op import attention
@@ -409,11 +408,7 @@ def flash_attn_with_kvcache(
     if cache_seqlens is None and k is not None:
         raise ValueError("cache_seqlens: got None with k, need to know where k goes")
     if cache_seqlens is not None and not isinstance(cache_seqlens, (int, Tensor)):
-        try:
-            cache_seqlens = operator.index(cache_seqlens)  # numpy's integers
-        except TypeError:
-            name = type(cache_seqlens).__name__
-            raise TypeError(f"cache_seqlens: got {name}, allowed are int and an int32 tensor") from None
+        cache_seqlens = as_int("cache_seqlens", cache_seqlens)  # numpy's
     check_tensors(
         "q k_cache v_cache k v rotary_cos rotary_sin cache_batch_idx cache_leftpad block_table alibi_slopes s_aux"
         " cache_seqlens",
@@ -425,7 +420,8 @@ def flash_attn_with_kvcache(
     if casting:
         q, k, v = (_cast(tensor, k_cache.dtype) for tensor in (q, k, v))
     left, right = _window(window_size, causal)
-    softcap = 0.0 if softcap is None else softcap
+    softcap = 0.0 if softcap is None else as_float("softcap", softcap)
+    softmax_scale = None if softmax_scale is None else as_float("softmax_scale", softmax_scale)
     default = 1 / math.sqrt(max(q.shape[-1], 1)) if q.dim() else 1.0
     x = CacheInputs(
         q,
@@ -447,7 +443,7 @@ def flash_attn_with_kvcache(
         window_right=right,
         softcap=softcap,
         rotary_interleaved=True if rotary_interleaved is None else rotary_interleaved,
-        num_splits=num_splits or 0,
+        num_splits=0 if num_splits is None else as_int("num_splits", num_splits),
         changing=changing(softmax_scale, default, softcap),
     )
     compute = choose("flash_attn_with_kvcache", q.device.type, backend)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .._checks import check_tensors
+from .._checks import as_int, check_tensors
 from .._dispatch import NAMESPACE, explain, forced_backend
 from .functional import as_pytorchs, check, covered, flash_attn_varlen_func, seeded
 from .kvcache import flash_attn_with_kvcache
@@ -333,9 +333,10 @@ def varlen_attn(
     heads, groups = query.shape[1], key.shape[-2]
     if heads != groups and not enable_gqa:
         raise ValueError(f"key: got {groups} heads for {heads} query heads, they need enable_gqa=True")
-    if num_splits is not None and num_splits < 1:
+    if num_splits is not None and as_int("num_splits", num_splits) < 1:
         raise ValueError(f"num_splits: got {num_splits}, must be 1 or more, or None")
     if block_table is not None:
+        max_q = as_int("max_q", max_q)
         out, lse = _paged(query, key, value, cu_seq_q, max_q, scale, window_size, seqused_k, block_table, num_splits or 0)
     elif cu_seq_k is None:
         raise ValueError("cu_seq_k: got None, which only goes with block_table")

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .._checks import check_tensors
+from .._checks import as_float, check_tensors
 from .._philox import MASK, philox
 
 MAX_HEAD_DIM = 1024  # of the Triton kernel that decodes: it holds a row of the output in registers
@@ -282,7 +282,7 @@ def attention_weights(
     _check_weights(query, key, attn_mask, alibi_slopes)
     if key.shape[-3] != query.shape[-3]:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
-    scale = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
+    scale = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else as_float("scale", scale)
     scores = query @ key.transpose(-2, -1) * scale  # (B, H, S, T)
     if alibi_slopes is not None:
         i, j = (torch.arange(n, device=query.device) for n in scores.shape[-2:])
