@@ -174,6 +174,12 @@ def why_not_triton(device_type: str) -> str | None:
 
 
 @functools.cache
+def imported(module: str, package: str) -> Any:
+    """A module that is imported at first use, because it imports triton. importlib takes 2 us to find one that is there."""
+    return importlib.import_module(module, package)
+
+
+@functools.cache
 def extension() -> tuple[Any, str | None]:
     """(the module wikigpt._C or None, the reason why it is missing or None)."""
     try:

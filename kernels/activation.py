@@ -14,7 +14,6 @@ The Triton kernels are in activation_triton.py, because this file is imported wh
 
 from __future__ import annotations
 
-import importlib
 import math
 
 import torch
@@ -29,6 +28,7 @@ from ._dispatch import (
     choose,
     forced_backend,
     has_tangent,
+    imported,
     refuse_forward_mode,
     register,
     why_not_triton,
@@ -87,7 +87,7 @@ def activation_reference(
 
 
 def _kernel(direction: str):  # type: ignore[no-untyped-def]  # triton is imported at first use
-    return getattr(importlib.import_module(".activation_triton", __package__), direction)
+    return getattr(imported(".activation_triton", __package__), direction)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::activation", mutates_args=())

@@ -11,7 +11,6 @@ cross_entropy_triton.py, read the logits once for the loss and once for the grad
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from torch.nn import _reduction
 
 from ._autograd import call_in_place, register_autograd, register_vmap
 from ._checks import FLOATS, as_float, as_int, check_float
-from ._dispatch import NAMESPACE, Implementation, checks_values, choose, refuse_forward_mode, register, why_not_triton
+from ._dispatch import NAMESPACE, Implementation, checks_values, choose, imported, refuse_forward_mode, register, why_not_triton
 
 
 class CrossEntropyAux(NamedTuple):
@@ -238,7 +237,7 @@ def per_token(result: tuple[Tensor, CrossEntropyAux]) -> Tensors:
 
 def kernels() -> Any:
     """The Triton half, imported at first use."""
-    return importlib.import_module(".cross_entropy_triton", __package__)
+    return imported(".cross_entropy_triton", __package__)
 
 
 # --- registered ops -------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ upstream gradients that come: one way for every reduction.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,6 +33,7 @@ from ._dispatch import (
     checks_values,
     choose,
     extension,
+    imported,
     only_on,
     refuse_forward_mode,
     register,
@@ -514,7 +514,7 @@ def buffers(input: Tensor, vocabulary: int, keep: bool) -> Tensor:
 
 
 def _sweeps() -> Any:
-    return importlib.import_module(".linear_cross_entropy_triton", __package__)
+    return imported(".linear_cross_entropy_triton", __package__)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy_forward", mutates_args=())

@@ -12,7 +12,6 @@ widen x to float32 and return float32.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from ._autograd import register_autograd, register_vmap
 from ._checks import FLOATS, as_float
-from ._dispatch import NAMESPACE, Implementation, choose, refuse_forward_mode, register, why_not_triton
+from ._dispatch import NAMESPACE, Implementation, choose, imported, refuse_forward_mode, register, why_not_triton
 from .attention.op import seed_for
 from .attention.reference import keep_mask
 
@@ -156,7 +155,7 @@ def _upcast_like(h: Tensor, tensor: Tensor | None) -> Tensor | None:
 
 
 def _kernels() -> Any:
-    return importlib.import_module(".norm_triton", __package__)  # at first use, because it imports triton
+    return imported(".norm_triton", __package__)  # at first use, because it imports triton
 
 
 def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:

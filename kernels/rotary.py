@@ -12,8 +12,6 @@ The Triton kernel is in rotary_triton.py, because this file is imported where th
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 from torch import Tensor
 
@@ -25,6 +23,7 @@ from ._dispatch import (
     choose,
     forced_backend,
     has_tangent,
+    imported,
     refuse_forward_mode,
     register,
     why_not_triton,
@@ -97,7 +96,7 @@ def apply_rotary_emb_reference(
 
 
 def _kernel(name: str):  # type: ignore[no-untyped-def]  # triton is imported at first use
-    return getattr(importlib.import_module(".rotary_triton", __package__), name)
+    return getattr(imported(".rotary_triton", __package__), name)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::rotary", mutates_args=())

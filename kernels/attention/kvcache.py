@@ -15,7 +15,6 @@ The kernels are in decode.py, imported when one first runs.
 
 from __future__ import annotations
 
-import importlib
 import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from .._autograd import call_in_place
 from .._checks import as_float, as_int, check_tensors
-from .._dispatch import NAMESPACE, Implementation, checks_values, choose, only_on, register, why_not_triton
+from .._dispatch import NAMESPACE, Implementation, checks_values, choose, imported, only_on, register, why_not_triton
 from .functional import _float, _window, casting_to, changing, readable
 from .op import attention
 from .reference import MAX_HEAD_DIM, Inputs
@@ -200,7 +199,7 @@ def _flash_attn_with_kvcache(
         x = replace(x, softmax_scale=softmax_scale, softcap=softcap)
     if implementation != "triton" or q.dtype == torch.float64:
         return _plain(x, "reference" if implementation == "triton" else implementation)
-    out, lse = importlib.import_module(".decode", __package__).forward(x)
+    out, lse = imported(".decode", __package__).forward(x)
     return out, lse
 
 

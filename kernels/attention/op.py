@@ -6,7 +6,6 @@ gradient; attention_backward is its backward. `implementation` names who compute
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -20,6 +19,7 @@ from .._dispatch import (
     Implementation,
     check_backend,
     choose,
+    imported,
     only_on,
     refuse_forward_mode,
     register,
@@ -37,7 +37,7 @@ assert _NAMES[: len(_TENSORS)] == _TENSORS
 
 def _function(implementation: str, direction: str):  # type: ignore[no-untyped-def]  # triton is imported at first use
     module = direction if implementation == "triton" else "blocked"
-    return getattr(importlib.import_module(f".{module}", __package__), direction)
+    return getattr(imported(f".{module}", __package__), direction)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())

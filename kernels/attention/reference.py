@@ -87,9 +87,10 @@ class Inputs:
         lse = q.new_empty(self.lse_shape(), dtype=wide)
         if not self.top_left or q.is_contiguous():
             return q.new_empty(shape), lse
-        heads_first = q.transpose(-3, -2)
-        if heads_first.is_contiguous():  # as nearly always
-            return q.new_empty(*heads_first.shape[:-1], shape[-1]).transpose(-3, -2), lse
+        if q.dim() == 4:
+            (b, s, h, d), dv = q.shape, shape[-1]
+            if q.stride() == (h * s * d, d, s * d, 1):  # (B, H, S, D), transposed, as nearly always
+                return q.new_empty_strided(shape, (h * s * dv, dv, s * dv, 1)), lse
         order = memory_order(q)
         out = q.new_empty([shape[i] for i in order]).permute([order.index(i) for i in range(len(order))])
         return out, lse
