@@ -209,10 +209,14 @@ def _adamw_torch(u: Update) -> None:
     if u.norm is not None:
         factor: Any = u.factor()
         if not widened and grads[0].dtype in (torch.float64, torch.float16):  # 1 / factor may leave float32, or float16
-            # A number times a number, of no dimension both, would have the dtype of the wider.
-            grads, scale = [grad.to(grads[0].dtype) for grad in torch._foreach_mul(grads, factor)], None
+            scale = None
         else:
-            grads, scale = grads if widened else [grad.clone() for grad in grads], (1 / factor).float()
+            grads = [grad.float() for grad in grads] if widened else grads
+            # 1 / factor leaves float32 where it is below 2^-126. A power of two rounds nothing.
+            first = torch.where(factor < 2.0**-100, 2.0**-64, 1.0)
+            factor, scale = first, (first / factor).float()
+        # A number times a number, of no dimension both, would have the dtype of the wider.
+        grads = [product.to(grad.dtype) for product, grad in zip(torch._foreach_mul(grads, factor), grads)]
     lists = [u.masters or u.params, grads, u.exp_avgs, u.exp_avg_sqs, u.max_exp_avg_sqs]
     if widened:
         lists = [[tensor.float() for tensor in tensors] for tensors in lists]  # masters stay themselves

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import check_float, check_tensors
+from ._checks import FLOATS, check_float, check_tensors
 from ._dispatch import Implementation, checks_values, choose, extension_fake, in_extension, register
 from ._philox import MASK, philox
 
@@ -218,7 +218,8 @@ register(
 
 
 def _check_tensor(name: str, value: Tensor, logits: Tensor, integer: bool) -> None:
-    if value.dtype == torch.bool or value.dtype.is_complex or (integer and value.dtype.is_floating_point):
+    narrow = value.is_floating_point() and value.dtype not in FLOATS
+    if value.dtype == torch.bool or value.is_complex() or narrow or (integer and value.is_floating_point()):
         raise TypeError(f"{name}: got dtype {value.dtype}, allowed are {'integers' if integer else 'numbers'}")
     if value.device != logits.device:
         raise ValueError(f"{name}: got a tensor on {value.device}, logits are on {logits.device}")

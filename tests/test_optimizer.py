@@ -311,32 +311,41 @@ def test_one_gradient_of_any_size_in_the_emulated_cuda_kernels(emulated, monkeyp
     assert_survives_as_in_torch(kind, torch.tensor([*EVERY_SIZE, math.inf, -math.inf, math.nan]))
 
 
-def assert_clips_by_the_true_norm(largest, dtype, device="cpu"):
+def assert_clips_by_the_true_norm(dtype, largest, clip, device="cpu"):
     """The step that clipping in float64 gives."""
     gradients = torch.tensor([1.0, -largest, largest / 2, 3.0], dtype=torch.float64).to(dtype).repeat(1000)
     mine = torch.nn.Parameter(torch.ones(4000, dtype=dtype, device=device))
     truth = torch.nn.Parameter(torch.ones(4000, dtype=torch.float64))
     mine.grad, truth.grad = gradients.to(device, copy=True), gradients.double()
-    o, plain = FusedAdamW([mine], lr=0.1, max_grad_norm=1.0), torch.optim.AdamW([truth], lr=0.1)
-    norm = torch.nn.utils.clip_grad_norm_([truth], 1.0)
+    o, plain = FusedAdamW([mine], lr=0.1, max_grad_norm=clip), torch.optim.AdamW([truth], lr=0.1)
+    norm = torch.nn.utils.clip_grad_norm_([truth], clip)
     o.step(), plain.step()
     assert float(o.grad_norm) == pytest.approx(float(norm), rel=1e-5)
     torch.testing.assert_close(mine.detach().cpu().double(), truth.detach(), rtol=2**-8, atol=0)
 
 
-LARGEST = [(torch.float32, 1e20), (torch.float32, 3e36), (torch.bfloat16, 1e30), (torch.float16, 6e4), (torch.float64, 1e100)]
+# dtype, the largest gradient, the norm to clip to. With 0.01 what gradients are divided by leaves float32.
+LARGEST = [
+    (torch.float32, 1e20, 1.0),
+    (torch.float32, 3e36, 1.0),
+    (torch.float32, 3e36, 0.01),
+    (torch.bfloat16, 1e30, 1.0),
+    (torch.bfloat16, 3e36, 0.01),
+    (torch.float16, 6e4, 1.0),
+    (torch.float64, 1e100, 1.0),
+]
 
 
-@pytest.mark.parametrize(("dtype", "largest"), LARGEST, ids=str)
-def test_clipping_by_a_norm_whose_square_leaves_float32(device, dtype, largest):
-    assert_clips_by_the_true_norm(largest, dtype, device)
+@pytest.mark.parametrize("case", LARGEST, ids=str)
+def test_clipping_by_a_norm_whose_square_leaves_float32(device, case):
+    assert_clips_by_the_true_norm(*case, device)
 
 
-@pytest.mark.parametrize(("dtype", "largest"), [case for case in LARGEST if case[0] != torch.float16], ids=str)
-def test_clipping_by_such_a_norm_in_the_emulated_cuda_kernels(emulated, monkeypatch, dtype, largest):
+@pytest.mark.parametrize("case", [case for case in LARGEST if case[0] != torch.float16], ids=str)
+def test_clipping_by_such_a_norm_in_the_emulated_cuda_kernels(emulated, monkeypatch, case):
     functions = {"grad_norm": emulated.grad_norm, "adamw": emulated.adamw}
     monkeypatch.setattr(optimizer, "choose", lambda op, device_type: functions[op])
-    assert_clips_by_the_true_norm(largest, dtype)
+    assert_clips_by_the_true_norm(*case)
 
 
 # --- 16 bits: master weights, stochastic rounding ----------------------------------------------------------------------

@@ -16,6 +16,7 @@ The kernels are in decode.py, imported when one first runs.
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -407,7 +408,11 @@ def flash_attn_with_kvcache(
     if cache_seqlens is None and k is not None:
         raise ValueError("cache_seqlens: got None with k, need to know where k goes")
     if cache_seqlens is not None and not isinstance(cache_seqlens, (int, Tensor)):
-        cache_seqlens = as_int("cache_seqlens", cache_seqlens)  # numpy's
+        try:
+            cache_seqlens = operator.index(cache_seqlens)  # numpy's integers
+        except TypeError:
+            name = type(cache_seqlens).__name__
+            raise TypeError(f"cache_seqlens: got {name}, allowed are int and an int32 tensor") from None
     check_tensors(
         "q k_cache v_cache k v rotary_cos rotary_sin cache_batch_idx cache_leftpad block_table alibi_slopes s_aux"
         " cache_seqlens",

@@ -88,7 +88,7 @@ class Inputs:
         if not self.top_left or q.is_contiguous():
             return q.new_empty(shape), lse
         if q.dim() == 4:
-            (b, s, h, d), dv = q.shape, shape[-1]
+            (_, s, h, d), dv = q.shape, shape[-1]
             if q.stride() == (h * s * d, d, s * d, 1):  # (B, H, S, D), transposed, as nearly always
                 return q.new_empty_strided(shape, (h * s * dv, dv, s * dv, 1)), lse
         order = memory_order(q)
