@@ -679,6 +679,17 @@ def test_numbers_that_change_are_compiled_once(function, backend, changing):
     assert len(frames) == 1
 
 
+@pytest.mark.parametrize("name", ["softmax_scale", "softcap"])
+@pytest.mark.parametrize("function", FLASH)
+def test_a_compiled_function_refuses_an_infinite_number_that_it_did_not_know(function, name):
+    torch.compiler.reset()
+    compiled = torch.compile(lambda number: function(**copies(function), **{name: number}), dynamic=True, backend="eager")
+    for number in (0.3, 0.4):
+        compiled(number)
+    with pytest.raises(ValueError, match=f"{name}: got inf, must be finite"):
+        compiled(math.inf)
+
+
 @pytest.mark.parametrize("backend", ["auto", TRITON])
 def test_the_gradient_of_a_compiled_function_follows_a_number_that_changes(backend):
     torch.compiler.reset()

@@ -388,6 +388,15 @@ def _translated(query: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tup
     return visible(s, t, -1, 0, t - s, query.device), False
 
 
+def _by_math(refusal: ValueError, *arguments: Any) -> Tensor:
+    """PyTorch's attention by its plain operators; `refusal` where they refuse too."""
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            return _torch(*arguments)
+    except RuntimeError:
+        raise refusal from None
+
+
 def _is_simple(mask: Tensor, query: Tensor, key: Tensor) -> bool:
     """Whether it is a mask for a simple query and key, without need of `_check_sdpa`."""
     if type(mask) is not Tensor or mask.is_nested or mask.dtype not in (torch.bool, query.dtype) or mask.device != query.device:
@@ -452,17 +461,11 @@ def scaled_dot_product_attention(
             no_heads = enable_gqa and 0 in (key.shape[-3:-2] + value.shape[-3:-2])  # PyTorch divides by their number
             if no_heads or (value.numel() > 0 and 0 not in query.shape[:-1]):
                 raise
-            try:  # where there is nothing to compute, PyTorch 2.13 gives zeros, whatever else does not fit
-                with sdpa_kernel(SDPBackend.MATH):
-                    return _torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-            except RuntimeError:
-                raise refusal from None
+            # Where there is nothing to compute, PyTorch 2.13 gives zeros, whatever else does not fit.
+            return _by_math(refusal, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if query.shape[-3:-2] == (0,):  # PyTorch 2.11, where it chooses a kernel or repeats heads, divides by their number
-            try:
-                with sdpa_kernel(SDPBackend.MATH):
-                    return _torch(query, key, value, attn_mask, dropout_p, is_causal, scale, False)
-            except RuntimeError as error:
-                raise ValueError(f"query: got shape {tuple(query.shape)}, without heads, and PyTorch says: {error}") from None
+            without_heads = ValueError(f"query: got shape {tuple(query.shape)}, without heads")
+            return _by_math(without_heads, query, key, value, attn_mask, dropout_p, is_causal, scale, False)
     function = choose("attention", query.device.type, backend)
     out: Tensor = function(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return out

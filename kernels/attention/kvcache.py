@@ -27,7 +27,7 @@ from .._autograd import call_in_place
 from .._checks import as_float, as_int, check_tensors
 from .._dispatch import NAMESPACE, Implementation, checks_values, choose, imported, only_on, register, why_not_triton
 from .functional import _float, _window, casting_to, changing, readable
-from .op import attention
+from .op import attention, changed
 from .reference import MAX_HEAD_DIM, Inputs
 
 MAX_SPLITS = 128
@@ -196,7 +196,7 @@ def _flash_attn_with_kvcache(
         alibi_slopes, s_aux, seqlen, softmax_scale, window_left, window_right, softcap, rotary_interleaved, num_splits,
     )  # fmt: skip
     if changing is not None:
-        softmax_scale, softcap = changing.tolist()
+        softmax_scale, softcap = changed(changing)
         x = replace(x, softmax_scale=softmax_scale, softcap=softcap)
     if implementation != "triton" or q.dtype == torch.float64:
         return _plain(x, "reference" if implementation == "triton" else implementation)

@@ -6,6 +6,7 @@ gradient; attention_backward is its backward. `implementation` names who compute
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -76,8 +77,17 @@ def _with_numbers(x: Inputs) -> Inputs:
     """The same problem with softmax_scale and softcap as numbers."""
     if x.changing is None:
         return x
-    softmax_scale, softcap = x.changing.tolist()
+    softmax_scale, softcap = changed(x.changing)
     return replace(x, softmax_scale=softmax_scale, softcap=softcap, changing=None)
+
+
+def changed(changing: Tensor) -> tuple[float, float]:
+    """softmax_scale and softcap of `reference.Inputs.changing`. ValueError for what the checks could not see in a symbol."""
+    softmax_scale, softcap = changing.tolist()
+    for name, number in (("softmax_scale", softmax_scale), ("softcap", softcap)):
+        if not 0 <= number < math.inf:
+            raise ValueError(f"{name}: got {number}, must be finite and 0 or more")
+    return softmax_scale, softcap
 
 
 @_attention.register_fake
