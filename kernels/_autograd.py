@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._dispatch import watched
+
 
 def register_autograd(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None) -> Any:
     """Gives a custom op its backward, and returns what to call in the op's place.
@@ -40,11 +42,9 @@ def register_autograd(op: Any, backward: Callable[..., Any], setup_context: Call
     eager = function(forward=staticmethod(forward_and_setup))
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._is_tracing():
-            return op(*args)
-        if torch._C._are_functorch_transforms_active():
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             return mapped.apply(*args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if torch.is_grad_enabled() and not watched(*args) and torch._C._any_requires_grad(*args):
             return eager.apply(*args)
         return op(*args)
 
@@ -57,7 +57,7 @@ _COUNTING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 def call_in_place(op: Callable[..., Any], changed: Sequence[Tensor], *args: Any) -> Any:
     """op(*args), which writes into `changed`, for the square of its arguments less than PyTorch's own counting of the changes
     takes (as in `register_autograd`)."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
+    if watched(*args):
         return op(*args)
     torch.autograd.graph.increment_version(changed)
     with torch._C._ExcludeDispatchKeyGuard(_COUNTING):

@@ -15,9 +15,12 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def as_float(name: str, value: Any) -> Any:
-    """A number of any type, numpy's included. TypeError that names the argument for what is none."""
+    """A number of any type, numpy's included. TypeError that names the argument for what is none, and for a tensor with a
+    gradient, which would be lost."""
     if isinstance(value, (int, float, torch.SymFloat)):
         return value
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise TypeError(f"{name}: got a tensor that requires a gradient, which it has none of: give float({name})")
     try:
         if not isinstance(value, (str, bytes)):
             return float(value)

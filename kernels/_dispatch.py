@@ -139,6 +139,18 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
+def watched(*args: Any) -> bool:
+    """Whether more than this call and its numbers counts: the compiler, a trace, a transform of torch.func, a mode or a
+    tensor with functions of its own sees each call of PyTorch, and may take it for what other inputs will do too."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.overrides.has_torch_function(args)
+    )
+
+
 def has_tangent(*tensors: Tensor | None) -> bool:
     """Whether forward-mode derivatives are asked for."""
     return any(tensor is not None and unpack_dual(tensor).tangent is not None for tensor in tensors)

@@ -122,19 +122,25 @@ def finished(
     return loss if z_loss == 0.0 else loss + z_penalty(aux.lse, target != ignore_index, z_loss, reduction)
 
 
-def check_options(reduction: str, label_smoothing: float, softcap: float, z_loss: float) -> None:
+def check_options(reduction: str, label_smoothing: Any, softcap: Any, z_loss: Any) -> tuple[float, float, float]:
+    """The numbers, of whatever types they are."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: got {reduction!r}, allowed are 'mean', 'sum' and 'none'")
-    if not 0.0 <= as_float("label_smoothing", label_smoothing) <= 1.0:
+    label_smoothing, softcap, z_loss = (
+        as_float("label_smoothing", label_smoothing), as_float("softcap", softcap), as_float("z_loss", z_loss),
+    )  # fmt: skip
+    if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: got {label_smoothing}, must be between 0 and 1")
     for name, number in (("softcap", softcap), ("z_loss", z_loss)):
-        if not as_float(name, number) >= 0.0:
+        if not number >= 0.0:
             raise ValueError(f"{name}: got {number}, must be 0 or more")
+    return label_smoothing, softcap, z_loss
 
 
 def check_weight(weight: Tensor, vocabulary: int, target: Tensor) -> None:
     """weight (V); PyTorch gives it no derivative either, but with class probabilities."""
-    check_float("weight", weight)
+    if weight.is_floating_point():  # integers do, as in PyTorch
+        check_float("weight", weight)
     if weight.shape != (vocabulary,):
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, need ({vocabulary},), one number for each class")
     if weight.requires_grad and torch.is_grad_enabled() and not target.is_floating_point():
@@ -573,7 +579,7 @@ def cross_entropy(
         raise ValueError(f"input: got shape {tuple(input.shape)}, need at least 1 class")
     if weight is not None:
         check_weight(weight, input.shape[classes], target)
-    check_options(reduction, label_smoothing, softcap, z_loss)
+    label_smoothing, softcap, z_loss = check_options(reduction, label_smoothing, softcap, z_loss)
     function = choose("cross_entropy", input.device.type, backend)
     return computed(
         function,

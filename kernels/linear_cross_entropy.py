@@ -817,7 +817,7 @@ def linear_cross_entropy(
         raise ValueError(f"linear_bias: got shape {tuple(linear_bias.shape)}, linear_weight needs {wanted}")
     if weight is not None:
         check_weight(weight, linear_weight.shape[0], target)
-    check_options(reduction, label_smoothing, softcap, z_loss)
+    label_smoothing, softcap, z_loss = check_options(reduction, label_smoothing, softcap, z_loss)
     function = choose("linear_cross_entropy", input.device.type, backend)
     if target.is_floating_point() or linear_weight.dim() > 2:
         return _by_pytorch(

@@ -187,7 +187,7 @@ def _norm(
 
 @_norm.register_fake
 def _(x, weight, bias, residual, seed, eps, dropout_p, rms, unit_offset, keep_h, keep_statistics):  # type: ignore[no-untyped-def]
-    rows = x.shape[:-1].numel()
+    rows = math.prod(x.shape[:-1])  # not numel(), which makes one number of a size that changes
     empty, statistics = x.new_empty(0), x.new_empty(rows, dtype=torch.float32)
     h = torch.empty_like(x if residual is None else residual, memory_format=torch.contiguous_format)
     return (
@@ -380,7 +380,7 @@ def _is_usual(
             or (isinstance(residual, Tensor)
             and (residual.shape == x.shape and residual.device == device and residual.dtype in FLOATS))
         )
-        and (normalized_shape is None or tuple(normalized_shape) == size)
+        and (normalized_shape is None or (isinstance(normalized_shape, (tuple, list)) and tuple(normalized_shape) == size))
         and type(eps) in (float, int) and type(dropout_p) in (float, int) and 0 <= dropout_p < 1
         and x.dtype in FLOATS and len(size) == 1 and size[0] != 0
     )  # fmt: skip
@@ -432,13 +432,17 @@ def _unusual(
     others = {"weight": weight, "bias": bias, "residual": residual}
     for name, tensor in (("x", x), *others.items()):
         if not isinstance(tensor, Tensor) and (tensor is not None or name == "x"):
-            raise TypeError(f"{name}: got {type(tensor).__name__}, allowed are tensors")
+            shape_here = name == "weight" and isinstance(tensor, (tuple, list, int))  # as PyTorch's functions have it
+            way_out = "; the shape to normalise over is normalized_shape=..., or may be left out" if shape_here else ""
+            raise TypeError(f"{name}: got {type(tensor).__name__}, allowed are tensors{way_out}")
     if rms and eps is None:
         eps = torch.finfo(torch.float64 if x.dtype in (torch.float64, torch.complex128) else torch.float32).eps
     eps, dropout_p = as_float("eps", eps), as_float("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: got {dropout_p}, must be at least 0 and below 1")
     if normalized_shape is not None:
+        if not isinstance(normalized_shape, (tuple, list)):
+            raise TypeError(f"normalized_shape: got {type(normalized_shape).__name__}, allowed are tuples and lists of int")
         shape = tuple(normalized_shape)
     else:
         like = weight if weight is not None else bias

@@ -213,7 +213,7 @@ def _adamw_torch(u: Update) -> None:
         else:
             grads = [grad.float() for grad in grads] if widened else grads
             # 1 / factor leaves float32 where it is below 2^-126. A power of two rounds nothing.
-            first = torch.where(factor < 2.0**-100, 2.0**-64, 1.0)
+            first = torch.where(factor < 2.0**-100, torch.full_like(factor, 2.0**-64), torch.ones_like(factor))
             factor, scale = first, (first / factor).float()
         # A number times a number, of no dimension both, would have the dtype of the wider.
         grads = [product.to(grad.dtype) for product, grad in zip(torch._foreach_mul(grads, factor), grads)]

@@ -26,6 +26,7 @@ from ._dispatch import (
     imported,
     refuse_forward_mode,
     register,
+    watched,
     why_not_triton,
 )
 
@@ -226,7 +227,7 @@ def _turn_on_cpu(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, 
     """The reference by the fewest passes over memory that PyTorch's operators allow."""
     if not x.is_cpu or x.numel() == 0 or cos.shape[-1] == 0:
         return apply_rotary_emb_reference(x, cos, sin, positions, interleaved)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if watched(x, cos, sin):
         return apply_rotary_emb_reference(x, cos, sin, positions, interleaved)
     dtype, wide = x.dtype, _wide(x, cos)
     if not dtype == cos.dtype == sin.dtype == wide:

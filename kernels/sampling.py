@@ -321,6 +321,8 @@ def _sample(
     if logits.dim() == 0 or not 0 < logits.shape[-1] <= 2**30:
         raise ValueError(f"logits: got shape {tuple(logits.shape)}, must be (..., V) with V from 1 to 2^30")
     device = logits.device
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: got {type(generator).__name__}, need a torch.Generator")
     if generator is not None and generator.device.type != device.type:
         raise ValueError(f"generator: got one on {generator.device}, logits are on {device}")
     check = check_nan or checks_values(device.type)

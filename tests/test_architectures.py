@@ -69,6 +69,16 @@ def test_the_refusal_names_the_model_its_attention_and_the_way_out():
         bloom("wikigpt")
 
 
+def test_the_class_that_a_user_loads_is_judged_with_the_models_that_it_names():
+    for model in (transformers.BloomForCausalLM, transformers.FalconForCausalLM, transformers.DebertaForMaskedLM):
+        assert model.__name__.removesuffix("ForCausalLM").removesuffix("ForMaskedLM") in why_not(model)
+    for model in (transformers.LlamaForCausalLM, transformers.T5ForConditionalGeneration, transformers.BertForMaskedLM):
+        assert why_not(model) is None
+    for model in ("bloom", bloom("eager"), torch.nn.Linear):
+        with pytest.raises(TypeError, match=r"model: got .*, need a class of models of transformers"):
+            why_not(model)
+
+
 def test_what_takes_its_attention_from_a_table_without_ours_is_refused_and_no_keyerror():
     config = transformers.FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
     with pytest.raises(ValueError, match=r'FalconDecoderLayer takes its attention from .* Use "sdpa" or "eager"'):

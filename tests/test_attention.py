@@ -679,6 +679,29 @@ def test_numbers_that_change_are_compiled_once(function, backend, changing):
     assert len(frames) == 1
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference", TRITON])
+def test_slices_of_packed_tensors_are_compiled_with_lengths_that_change(backend):
+    torch.compiler.reset()
+
+    def attend(packed):
+        q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in packed.chunk(3, -1))
+        return scaled_dot_product_attention(q, k, v, is_causal=True, backend=backend)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="eager")
+    for length in (4, 5, 7):
+        packed = torch.randn(2, length, 48)
+        torch.testing.assert_close(compiled(packed), attend(packed))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "torch", TRITON])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 1, 1, 1), (3, 17), (1, 17)])
+def test_a_float32_mask_beside_float64(shape, backend):
+    q, k, v = torch.randn(1, 2, 3, 4).double(), *torch.randn(2, 1, 2, 17, 4).double()
+    mask = torch.randn(shape)
+    expected = scaled_dot_product_attention(q, k, v, mask.double(), backend="reference")
+    torch.testing.assert_close(scaled_dot_product_attention(q, k, v, mask, backend=backend), expected)
+
+
 @pytest.mark.parametrize("name", ["softmax_scale", "softcap"])
 @pytest.mark.parametrize("function", FLASH)
 def test_a_compiled_function_refuses_an_infinite_number_that_it_did_not_know(function, name):

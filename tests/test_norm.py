@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 from wikigpt.kernels import LayerNorm, RMSNorm, layer_norm, rms_norm
 from wikigpt.kernels._dispatch import why_not_triton
@@ -384,6 +385,18 @@ def test_both_compile_without_a_graph_break():
     x, w = torch.randn(4, 8), torch.randn(8)
     compiled = torch.compile(lambda x, w: kernels.layer_norm(x, w) + kernels.rms_norm(x, w), fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x, w), layer_norm(x, w) + rms_norm(x, w))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", pytest.param("triton", marks=interpreted)])
+@pytest.mark.parametrize("function", [layer_norm, rms_norm])
+def test_lengths_that_change_are_compiled_once(function, backend):
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(lambda x: function(x, backend=backend), fullgraph=True, dynamic=True, backend=counter)
+    for length in (3, 4, 7, 12):
+        x = torch.randn(2, length, 8, requires_grad=True)
+        torch.testing.assert_close(compiled(x), function(x, backend=backend))
+    assert counter.frame_count == 1
 
 
 def test_meta_tensors_give_shapes_and_dtypes():

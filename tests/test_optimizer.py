@@ -341,6 +341,15 @@ def test_clipping_by_a_norm_whose_square_leaves_float32(device, case):
     assert_clips_by_the_true_norm(*case, device)
 
 
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing_in_clipping(device, default):
+    torch.set_default_dtype(default)
+    try:
+        assert_clips_by_the_true_norm(torch.float32, 3e36, 0.01, device)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("case", [case for case in LARGEST if case[0] != torch.float16], ids=str)
 def test_clipping_by_such_a_norm_in_the_emulated_cuda_kernels(emulated, monkeypatch, case):
     functions = {"grad_norm": emulated.grad_norm, "adamw": emulated.adamw}

@@ -193,6 +193,9 @@ def _torch(
     scale: float | None,
     enable_gqa: bool,
 ) -> Tensor:
+    if attn_mask is not None and attn_mask.dtype == torch.float32 and query.dtype == torch.float64:
+        # PyTorch's kernel for the CPU takes a float32 mask of one column, beside float64, for other numbers.
+        attn_mask = attn_mask.to(query.dtype)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
@@ -445,6 +448,8 @@ def scaled_dot_product_attention(
         q, k = query.shape, key.shape
         simple = len(q) == len(k) == 4 and value.shape == k and q[0] == k[0] and q[3] == k[3] and query.dtype in FLOATS
         simple = simple and k[1] > 0 and (q[1] == k[1] or (enable_gqa and q[1] % k[1] == 0))
+    if scale is not None:
+        scale = as_float("scale", scale)
     if not simple or (attn_mask is not None and (is_causal or not _is_simple(attn_mask, query, key))):
         for name, tensor in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
             if not isinstance(tensor, Tensor) and not (tensor is None and name == "attn_mask"):

@@ -98,8 +98,14 @@ class Inputs:
 
 def memory_order(tensor: Tensor) -> list[int]:
     """The dimensions of a tensor from the outermost in memory on, those that are broadcast first; the last stays the last."""
-    last = tensor.dim() - 1
-    return [*sorted(range(last), key=lambda i: tensor.stride(i) or math.inf, reverse=True), last]
+    strides = [stride or math.inf for stride in tensor.stride()[:-1]]
+    order: list[int] = []
+    for i, stride in enumerate(strides):  # not `sorted`, because torch.compile cannot sort numbers that change
+        place = i
+        while place > 0 and strides[order[place - 1]] < stride:
+            place -= 1
+        order.insert(place, i)
+    return [*order, len(order)]
 
 
 def laid_out_like(query: Tensor, out: Tensor) -> Tensor:
@@ -283,7 +289,10 @@ def attention_weights(
     _check_weights(query, key, attn_mask, alibi_slopes)
     if key.shape[-3] != query.shape[-3]:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
-    scale = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else as_float("scale", scale)
+    if scale is None:
+        scale = 1 / math.sqrt(max(query.shape[-1], 1))
+    elif not isinstance(scale, Tensor):  # which keeps its gradient
+        scale = as_float("scale", scale)
     scores = query @ key.transpose(-2, -1) * scale  # (B, H, S, T)
     if alibi_slopes is not None:
         i, j = (torch.arange(n, device=query.device) for n in scores.shape[-2:])

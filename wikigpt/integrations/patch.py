@@ -621,6 +621,8 @@ def unpatch(model: nn.Module) -> None:
     Raises ValueError, and changes nothing, where something was wrapped around a swapped forward since (accelerate's mixed
     precision and hooks, FSDP2, parametrizations): that must be undone first.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, need a torch.nn.Module")
     swapped = [(name, module) for name, module in model.named_modules() if isinstance(module, _Swapped)]
     for name, module in swapped:
         # accelerate, when it unwraps, leaves the class's forward on the instance.

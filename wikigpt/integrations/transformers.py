@@ -61,12 +61,12 @@ def register() -> None:
 
 
 def _refuse(model: type, requested: Any) -> None:
-    reason = why_not(model) if requested in (NAME, NAME_EAGER_MASKS) else None
+    reason = _judge(model)[0] if requested in (NAME, NAME_EAGER_MASKS) else None
     if reason is not None:
         others = '"sdpa" or "eager"' if model._supports_sdpa else '"eager"'  # type: ignore[attr-defined]
         raise ValueError(
-            f'attn_implementation: got "{NAME}", but {reason}. Use {others}; if {model.__name__} is a part of a model, for '
-            f'this part alone: attn_implementation={{"text_config": "{NAME}", "vision_config": "eager"}}'
+            f'attn_implementation: got "{NAME}", but {reason}. Use {others}. If {model.__name__} is a part '
+            f'of a model, for this part alone: attn_implementation={{"text_config": "{NAME}", "vision_config": "eager"}}'
         )
 
 
@@ -132,7 +132,29 @@ def _is_a_models_own(thing: Any) -> bool:
 
 @functools.cache
 def why_not(model: type) -> str | None:
-    """Why models of this class cannot use attn_implementation="wikigpt", or None where they can.
+    """Why models of this class (BloomForCausalLM, say), or the models that their code names as parts, cannot use
+    attn_implementation="wikigpt", or None where they can. A part that the config alone names is refused when it is made.
+    Raises TypeError for what is no class of transformers' models.
+    """
+    from transformers import PreTrainedModel
+
+    if not (isinstance(model, type) and issubclass(model, PreTrainedModel)):
+        got = model.__name__ if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(f"model: got {got}, need a class of models of transformers")
+    seen: set[type] = set()
+    todo: list[type] = [model]
+    while todo:
+        cls = todo.pop()
+        seen.add(cls)
+        reason, parts = _judge(cls)
+        if reason is not None:
+            return reason
+        todo += [part for part in parts if part not in seen]
+    return None
+
+
+def _judge(model: type) -> tuple[str | None, list[type]]:
+    """(why models of this class cannot use ours, the models that its code names).
 
     Judged by the code of the class and of the modules that it makes, up to other models, which are judged by themselves:
     attention is a softmax beside a product of matrices, or what is called so and takes a mask, and it has to come from
@@ -140,6 +162,7 @@ def why_not(model: type) -> str | None:
     """
     from transformers import PreTrainedModel
 
+    models: list[type] = []
     own: list[str] = []  # classes that compute attention themselves
     from_interface = False
     seen, todo = set(), [model]
@@ -157,15 +180,15 @@ def why_not(model: type) -> str | None:
             for name in mentioned & function.__globals__.keys():
                 value = function.__globals__[name]
                 if isinstance(value, dict) and "eager" in value and NAME not in value and isinstance(value["eager"], type):
-                    return f"{cls.__name__} takes its attention from {name}, which does not have it"
+                    return f"{cls.__name__} takes its attention from {name}, which does not have it", models
                 values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
                 for part in map(_undecorated, values):
                     if isinstance(part, types.FunctionType) and part not in known and _is_a_models_own(part):
                         functions.append(part)
                     if not isinstance(part, type) or not issubclass(part, torch.nn.Module) or part in seen:
                         continue
-                    if _is_a_models_own(part) and not issubclass(part, PreTrainedModel):
-                        todo.append(part)
+                    if _is_a_models_own(part):
+                        (models if issubclass(part, PreTrainedModel) else todo).append(part)
         if "ALL_ATTENTION_FUNCTIONS" in names:
             from_interface = True
         elif not issubclass(cls, PreTrainedModel) and (
@@ -173,8 +196,8 @@ def why_not(model: type) -> str | None:
         ):
             own.append(cls.__name__)
     if not own or from_interface or model._supports_sdpa:  # type: ignore[attr-defined]
-        return None
-    return f"{model.__name__} computes attention in its own {own[0]}, not through transformers' AttentionInterface"
+        return None, models
+    return f"{model.__name__} computes attention in its own {own[0]}, not through transformers' AttentionInterface", models
 
 
 # --- masks ----------------------------------------------------------------------------------------------------------
