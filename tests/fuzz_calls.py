@@ -830,6 +830,8 @@ def _torch_cross_entropy(call: Call, a: dict[str, Any]) -> Any:
         return NotImplemented  # it takes no classes where there are no rows; ours wants one at least
     if not logits.is_floating_point():
         return NotImplemented  # PyTorch computes with them where there are no rows
+    if any(isinstance(x, Tensor) and x.dtype == torch.float8_e4m3fn for x in (logits, target, a.get("weight"))):
+        return NotImplemented  # PyTorch takes none either, but what follows would widen them
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     weight = a.pop("weight", None)
     if weight is not None and weight.dim() != 1:

@@ -693,6 +693,16 @@ def test_slices_of_packed_tensors_are_compiled_with_lengths_that_change(backend)
         torch.testing.assert_close(compiled(packed), attend(packed))
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference", TRITON])
+@pytest.mark.parametrize("bias", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_results_have_the_dtypes_that_q_asks_for_whatever_the_bias_has(dtype, bias, backend):
+    q, k, v = of((1, 3, 2, 16), (1, 5, 2, 16), dtype=dtype)
+    out, lse, _ = flash_attn_func(q, k, v, attn_bias=normal(3, 5, dtype=bias), return_attn_probs=True, backend=backend)
+    assert out.dtype == dtype
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference", "torch", TRITON])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 1, 1, 1), (3, 17), (1, 17)])
 def test_a_float32_mask_beside_float64(shape, backend):

@@ -191,7 +191,8 @@ def _dense(x: Inputs, first_batch: int = 0) -> tuple[Tensor, Tensor]:
         assert x.seed is not None
         keep = keep_mask(x.seed, x.dropout_p, q.shape[0], q.shape[1], s, t, first_batch)
         weights = weights * keep / (1 - x.dropout_p)
-    return (weights.to(v.dtype) @ v).transpose(1, 2), lse  # a bias may be wider than q
+    # A bias may be wider than q.
+    return (weights.to(v.dtype) @ v).transpose(1, 2), lse.to(torch.promote_types(q.dtype, torch.float32))
 
 
 def _one(x: Inputs, b: int) -> Inputs:
