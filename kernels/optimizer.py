@@ -154,7 +154,8 @@ def _adamw_of_one(
     step = int(u.steps[i])
     w = u.masters[i] if u.masters else _wide(u.params[i])
     g = _wide(u.grads[i])
-    g = g if factor is None else g * factor
+    # A number times a number, of no dimension both, would have the dtype of the wider.
+    g = g if factor is None else (g * factor).to(g.dtype)
     g = -g if maximize else g
     if decay and not u.decoupled:
         g = g + decay * w
@@ -164,7 +165,7 @@ def _adamw_of_one(
     change = lr / (1 - beta1**step) * (m / (largest.sqrt() / math.sqrt(1 - beta2**step) + eps))
     if decay and u.decoupled:
         change = change + lr * decay * w
-    w = w - change
+    w = w - change.to(w.dtype)
 
     def store(to: Tensor, value: Tensor, stream: int) -> None:
         if u.stochastic:

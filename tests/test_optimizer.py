@@ -341,6 +341,18 @@ def test_clipping_by_a_norm_whose_square_leaves_float32(device, case):
     assert_clips_by_the_true_norm(*case, device)
 
 
+@pytest.mark.parametrize("backend", [name for name, missing in explain("adamw", "cpu") if missing is None])
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1, dtype=torch.float64)], ids=["lr", "lr in float64"])
+def test_a_parameter_without_a_dimension_beside_float64_keeps_its_dtype(lr, backend):
+    wide = torch.nn.Parameter(torch.randn(3, dtype=torch.float64))
+    one = torch.nn.Parameter(torch.randn(()).bfloat16())
+    before = one.detach().clone()
+    wide.grad, one.grad = torch.randn_like(wide), torch.ones_like(one)
+    with kernels.backend(backend):
+        FusedAdamW([wide, one], lr=lr, weight_decay=0.0, max_grad_norm=1.0, stochastic_rounding=True).step()
+    torch.testing.assert_close(one.detach(), before - 0.1, rtol=2**-7, atol=2**-7)
+
+
 @pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_default_dtype_changes_nothing_in_clipping(device, default):
     torch.set_default_dtype(default)
