@@ -818,6 +818,12 @@ def loss_options(a: Arguments, classes: int, target: tuple[int, ...]) -> int:
     return 3 if "return_aux" in a.found else 1
 
 
+def _of_one_row(logits: Sequence[int], target: Tensor) -> Tensor:
+    """PyTorch takes a target (1) with logits (V), and has no backward for it."""
+    one = len(logits) == 1 and logits[0] != 1 and target.shape == (1,) and not target.is_floating_point()
+    return target[0] if one else target
+
+
 def _torch_cross_entropy(call: Call, a: dict[str, Any]) -> Any:
     if set(a) & {"softcap", "z_loss", "return_aux", "inplace_backward"}:
         return NotImplemented
@@ -832,6 +838,7 @@ def _torch_cross_entropy(call: Call, a: dict[str, Any]) -> Any:
         return NotImplemented  # PyTorch computes with them where there are no rows
     if any(isinstance(x, Tensor) and x.dtype == torch.float8_e4m3fn for x in (logits, target, a.get("weight"))):
         return NotImplemented  # PyTorch takes none either, but what follows would widen them
+    target = _of_one_row(logits.shape, target)
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     weight = a.pop("weight", None)
     if weight is not None and weight.dim() != 1:
@@ -886,6 +893,8 @@ def _torch_linear_cross_entropy(call: Call, a: dict[str, Any]) -> Any:
         or _norm_widens(Call("", {n: x for n, x in call.arguments.items() if n != "target"}))
     ):
         return NotImplemented
+    if a["input"].dim() == 1 and a["linear_weight"].dim() == 2:
+        a["target"] = _of_one_row(a["linear_weight"].shape[:1], a["target"])
     if not all(x.is_floating_point() for n, x in a.items() if isinstance(x, Tensor) and n != "target"):
         return F.linear_cross_entropy(**a)
     return F.linear_cross_entropy(**a).to(torch.float64 if a["input"].dtype == torch.float64 else torch.float32)
