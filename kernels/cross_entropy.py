@@ -139,7 +139,7 @@ def check_options(reduction: str, label_smoothing: Any, softcap: Any, z_loss: An
 
 def check_weight(weight: Tensor, vocabulary: int, target: Tensor) -> None:
     """weight (V); PyTorch gives it no derivative either, but with class probabilities."""
-    if weight.is_floating_point():  # integers do, as in PyTorch
+    if weight.is_floating_point() or weight.is_complex():  # integers do, as in PyTorch
         check_float("weight", weight)
     if weight.shape != (vocabulary,):
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, need ({vocabulary},), one number for each class")
