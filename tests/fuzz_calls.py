@@ -657,9 +657,8 @@ def _more_of_norm(call: Call) -> dict[str, float]:
         return {}
     names = ("x", "input", "hidden_states", "weight", "residual")
     of_grad = error
-    if (
-        x.shape[-1] <= 3
-    ):  # their gradient is a difference of nearly equal numbers, and PyTorch rounds mean and deviation to 16 bits
+    if x.shape[-1] <= 3:
+        # Their gradient is a difference of nearly equal numbers, and PyTorch rounds mean and deviation to 16 bits.
         narrow = torch.finfo(call.tensors().get("x", next(iter(call.tensors().values()))).torch_dtype).eps
         of_grad = max(error, error / (8 * FLOAT32) * 4 * narrow)
     return {"out": error, "out.0": error, **{f"grad of {name}": of_grad for name in names}}

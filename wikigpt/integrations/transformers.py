@@ -130,7 +130,6 @@ def _is_a_models_own(thing: Any) -> bool:
     return package.startswith("transformers.models.") or package.split(".")[0] not in ("transformers", "torch", "builtins")
 
 
-@functools.cache
 def why_not(model: type) -> str | None:
     """Why models of this class (BloomForCausalLM, say), or the models that their code names as parts, cannot use
     attn_implementation="wikigpt", or None where they can. A part that the config alone names is refused when it is made.
@@ -153,6 +152,7 @@ def why_not(model: type) -> str | None:
     return None
 
 
+@functools.cache
 def _judge(model: type) -> tuple[str | None, list[type]]:
     """(why models of this class cannot use ours, the models that its code names).
 
