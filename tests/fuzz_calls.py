@@ -831,6 +831,11 @@ def _of_one_row(logits: Sequence[int], target: Tensor) -> Tensor:
     return target[0] if one else target
 
 
+def _complex_weight(weight: Tensor | None) -> bool:
+    """PyTorch refuses it too, but beside class probabilities, where the loss comes out complex."""
+    return weight is not None and weight.is_complex()
+
+
 def _torch_cross_entropy(call: Call, a: dict[str, Any]) -> Any:
     if set(a) & {"softcap", "z_loss", "return_aux", "inplace_backward"}:
         return NotImplemented
@@ -848,6 +853,8 @@ def _torch_cross_entropy(call: Call, a: dict[str, Any]) -> Any:
     target = _of_one_row(logits.shape, target)
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     weight = a.pop("weight", None)
+    if _complex_weight(weight):
+        return NotImplemented
     if weight is not None and weight.dim() != 1:
         return NotImplemented  # with logits of more than two dimensions it counts the weights, whatever their shape
     target = target.to(wide) if target.is_floating_point() else target
@@ -891,6 +898,8 @@ def _(a: Arguments) -> int:
 
 def _torch_linear_cross_entropy(call: Call, a: dict[str, Any]) -> Any:
     if set(a) & {"softcap", "z_loss", "return_aux", "filter_gradients"} or not hasattr(F, "linear_cross_entropy"):
+        return NotImplemented
+    if _complex_weight(a.get("weight")):
         return NotImplemented
     if 0 in a["linear_weight"].shape:
         return NotImplemented  # it takes no classes where every target is ignored; ours wants one at least
