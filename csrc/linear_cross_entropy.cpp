@@ -28,6 +28,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kTileRows = 96;                      // vocabulary rows of a tile: 96 x 128 features are 48 KiB
+constexpr int64_t kChainLength = 256;                  // products of a logit that are added without a pause
 constexpr int64_t kChunkRows = 256;                    // tokens of a chunk at most
 constexpr int64_t kChunkBytes = int64_t{64} << 20;     // logits of a chunk at most
 

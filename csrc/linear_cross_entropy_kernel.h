@@ -39,6 +39,7 @@ static WIKIGPT_INLINE vf exp_(vf x) {
 }
 
 // C (M x NR, row stride c_row) = [C +] sum over o, k of A[i * a_row + o * a_outer + k * a_k] * B[(o * k_len + k) * NR + j].
+// C is added last: a long sum then has the rounding errors of a few short ones, not of one long chain.
 template <int M>
 static WIKIGPT_INLINE void tile(
     int64_t outer, int64_t k_len, const float* a, int64_t a_row, int64_t a_k, int64_t a_outer, const float* b, float* c,
@@ -46,8 +47,8 @@ static WIKIGPT_INLINE void tile(
   vf acc[M][2];
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
-    acc[i][0] = accumulate ? load(c + i * c_row) : vf{};
-    acc[i][1] = accumulate ? load(c + i * c_row + VL) : vf{};
+    acc[i][0] = vf{};
+    acc[i][1] = vf{};
   }
   for (int64_t o = 0; o < outer; ++o) {
     const float* ao = a + o * a_outer;
@@ -63,8 +64,9 @@ static WIKIGPT_INLINE void tile(
   }
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
-    store(c + i * c_row, acc[i][0]);
-    store(c + i * c_row + VL, acc[i][1]);
+    float* out = c + i * c_row;
+    store(out, accumulate ? load(out) + acc[i][0] : acc[i][0]);
+    store(out + VL, accumulate ? load(out + VL) + acc[i][1] : acc[i][1]);
   }
 }
 
@@ -121,7 +123,13 @@ static void pack(const Problem& p, const Chunk& c) {
 static void forward_tile(const Problem& p, const Chunk& c, const Tile& t, float* tile_exp, float* tile_max, Running& run) {
   for (int64_t panel = 0; panel < c.rows / NR; ++panel) {
     float* l = tile_exp + panel * t.rows * NR;
-    multiply(t.rows, NR, 1, p.d, p.weight + t.begin * p.d, p.d, 1, 0, c.h_by_token + panel * p.d * NR, l, NR, false);
+    int64_t d = 0;
+    do {  // once without a feature too, for the zeros
+      const int64_t k = p.d - d < kChainLength ? p.d - d : kChainLength;
+      multiply(
+          t.rows, NR, 1, k, p.weight + t.begin * p.d + d, p.d, 1, 0, c.h_by_token + (panel * p.d + d) * NR, l, NR, d > 0);
+      d += k;
+    } while (d < p.d);
     if (p.bias != nullptr)
       for (int64_t i = 0; i < t.rows; ++i)
         for (int half = 0; half < 2; ++half) {
@@ -136,11 +144,10 @@ static void forward_tile(const Problem& p, const Chunk& c, const Tile& t, float*
       const int64_t lane = panel * NR + half * VL;
       float* x = l + half * VL;
       const vf before = load(run.max + lane);
-      vf top = before, total = load(run.total + lane);
+      vf top = before, total = vf{}, sum = vf{};
       for (int64_t i = 0; i < t.rows; ++i) top = maximum(load(x + i * NR), top);
       if (p.label_smoothing > 0.0f)
         for (int64_t i = 0; i < t.rows; ++i) total += load(x + i * NR);
-      vf sum = load(run.sum + lane) * exp_(before - top);
       for (int64_t i = 0; i < t.rows; ++i) {
         const vf e = exp_(load(x + i * NR) - top);
         store(x + i * NR, e);
@@ -148,8 +155,8 @@ static void forward_tile(const Problem& p, const Chunk& c, const Tile& t, float*
       }
       store(tile_max + lane, top);
       store(run.max + lane, top);
-      store(run.sum + lane, sum);
-      store(run.total + lane, total);
+      store(run.sum + lane, load(run.sum + lane) * exp_(before - top) + sum);
+      store(run.total + lane, load(run.total + lane) + total);
     }
   }
 }
@@ -189,9 +196,9 @@ static void backward_tile(
       vf sum = vf{};
       for (int64_t panel = 0; panel < panels; ++panel)
         for (int half = 0; half < 2; ++half) sum += load(gradient + (panel * t.rows + i) * NR + half * VL);
-      float total = first ? 0.0f : p.d_bias[t.begin + i];
+      float total = 0.0f;
       for (int j = 0; j < VL; ++j) total += sum[j];
-      p.d_bias[t.begin + i] = total;
+      p.d_bias[t.begin + i] = first ? total : p.d_bias[t.begin + i] + total;
     }
   if (p.d_weight != nullptr)
     for (int64_t d = 0; d < p.d; d += NR)

@@ -100,6 +100,29 @@ def test_loss_and_gradients_are_as_accurate_as_plain_pytorch(implementation, sha
         assert_as_accurate_as(o, p, t)
 
 
+# A sum of many float32 numbers in one chain is off by more than PyTorch's, which adds blocks: each of the sums made long.
+LONG = {"a vocabulary of 50,257": (16, 64, 50257), "4,096 features": (16, 4096, 700), "6,000 tokens": (6000, 32, 400)}
+
+
+@pytest.mark.parametrize(
+    ("implementation", "label_smoothing"), [("csrc", 0.0), ("csrc", 0.1), ("chunked", 0.0), ("triton", 0.0)],
+    indirect=["implementation"],
+)  # fmt: skip
+@pytest.mark.parametrize("case", LONG)
+@pytest.mark.parametrize("spread", [1.0, 3.0], ids="logits spread by {}".format)
+def test_long_sums_are_as_accurate_as_plain_pytorch(implementation, label_smoothing, case, spread):
+    n, d, v = LONG[case]
+    x, w, b, y = problem(n, d, v, ignore=False)
+    w *= spread * d**-0.5
+    upstream = 0.5 + torch.rand(n, generator=torch.Generator().manual_seed(1))
+    options = {"label_smoothing": label_smoothing, "reduction": "none"}
+    ours = gradients(lce, x, w, b, y, upstream, torch.float32, **options)
+    plain = gradients(linear_cross_entropy_reference, x, w, b, y, upstream, torch.float32, **options)
+    truth = gradients(linear_cross_entropy_reference, x, w, b, y, upstream, torch.float64, **options)
+    for o, p, t in zip(ours, plain, truth):
+        assert_as_accurate_as(o, p, t, tiny=2e-7)
+
+
 @pytest.mark.parametrize(
     ("label_smoothing", "softcap", "z_loss"),
     [c for c in itertools.product((0.0, 0.1), (0.0, 5.0), (0.0, 1e-2)) if any(c)],
