@@ -47,6 +47,12 @@ def check_float(name: str, tensor: Any) -> None:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, allowed are float16, bfloat16, float32 and float64")
 
 
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether several elements share one place in memory, as after `expand`: nobody can write them one by one."""
+    strides = tensor.stride()
+    return 0 in strides and any(stride == 0 and size > 1 for stride, size in zip(strides, tensor.shape))
+
+
 def has_functions(tensor: Tensor) -> bool:
     """Whether the tensor's type computes PyTorch's functions in its own way (CausalBias, MaskedTensor, nested tensors). What
     lies in the memory of such a tensor need not be its numbers: that of a CausalBias is uninitialised."""
@@ -73,4 +79,4 @@ def check_tensors(names: str, needed: tuple[Tensor, ...], optional: tuple[Tensor
             )
 
 
-__all__ = ["FLOATS", "as_float", "as_int", "check_float", "check_tensors", "has_functions"]
+__all__ = ["FLOATS", "as_float", "as_int", "check_float", "check_tensors", "has_functions", "is_expanded"]

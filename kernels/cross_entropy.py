@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from ._autograd import call_in_place, register_autograd, register_vmap
-from ._checks import FLOATS, as_float, as_int, check_float
+from ._checks import FLOATS, as_float, as_int, check_float, is_expanded
 from ._dispatch import NAMESPACE, Implementation, checks_values, choose, imported, refuse_forward_mode, register, why_not_triton
 
 
@@ -398,7 +398,7 @@ def _backward(ctx, grad_loss, *of_aux):  # type: ignore[no-untyped-def]
     lse, logits, target, weight = ctx.saved_tensors
     grad_loss, of_lse, of_target = given_gradients(lse, grad_loss, of_lse, of_target)
     # Where the gradient itself is differentiated the logits are still wanted.
-    if ctx.inplace and logits.stride(-1) == 1 and not torch.is_grad_enabled():
+    if ctx.inplace and logits.stride(-1) == 1 and not is_expanded(logits) and not torch.is_grad_enabled():
         # Detached, it still counts as changed: a second backward over the same graph is refused by autograd.
         logits = logits.detach()
         call_in_place(_grad_, (logits,), grad_loss, lse, logits, target, weight, *ctx.options, of_lse, of_target)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ._checks import is_expanded
 from ._dispatch import Implementation, choose, extension_fake, in_extension, only_on, register
 from ._philox import MASK, philox
 
@@ -411,15 +412,17 @@ def _in_layout(
     if grad.dtype is not p.dtype:
         raise ValueError(f"params: number {i} is {p.dtype}, its gradient {grad.dtype}; allowed is one dtype")
 
-    def copied(x: Tensor, returns: bool) -> Tensor:
+    def copied(what: str, x: Tensor, returns: bool) -> Tensor:
         if x.stride() == strides:
             return x
+        if returns and is_expanded(x):
+            raise ValueError(f"params: {what} {i} is expanded and to be written, but its elements share one place in memory")
         copy = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
         if returns:
             back.append((x, copy))
         return copy
 
-    return copied(p, True), copied(grad, written)
+    return copied("number", p, True), copied("the gradient of number", grad, written)
 
 
 def _in_range(name: str, value: Any, low: float, high: float, allowed: str) -> Any:
@@ -508,7 +511,7 @@ class FusedAdam(torch.optim.Adam):
                 )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's. ValueError for a parameter that is not a dense floating-point tensor, numbers out of range."""
+        """As torch's. ValueError for a parameter that is expanded or no dense floating-point tensor, numbers out of range."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -517,6 +520,8 @@ class FusedAdam(torch.optim.Adam):
                 if p.dtype not in DTYPES or p.layout != torch.strided:
                     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
                     raise ValueError(f"params: number {i} is {p.dtype}, {p.layout}, allowed are dense tensors of {names}")
+                if is_expanded(p):
+                    raise ValueError(f"params: number {i} is expanded, several of its elements share one place in memory")
         except ValueError:
             del self.param_groups[-1]
             raise
@@ -626,7 +631,7 @@ class FusedAdam(torch.optim.Adam):
         """One step of all parameters that have a gradient; returns what `closure`, called first, returns.
 
         Raises ValueError, before anything changes, for gradients that are sparse or have another dtype than their parameter,
-        for parameters or an lr on several devices.
+        for expanded ones that are to be written (zero_grad, a GradScaler), for parameters or an lr on several devices.
         """
         loss = None
         if closure is not None:
@@ -740,7 +745,7 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
         parameter and element: a resumed run repeats.
     zero_grad: leave zeros in the gradients.
 
-    ValueError for numbers out of range, differentiable=True, parameters that are not dense and floating-point,
+    ValueError for numbers out of range, differentiable=True, parameters that are not dense and floating-point or are expanded,
     master_weights and stochastic_rounding together, stochastic_rounding without bfloat16 or with float16 parameters.
     """
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._autograd import call_in_place, register_autograd, register_vmap
-from ._checks import as_float, as_int, check_float
+from ._checks import as_float, as_int, check_float, is_expanded
 from ._dispatch import (
     NAMESPACE,
     Implementation,
@@ -311,8 +311,15 @@ def _check(name: str, x: Tensor, cos: Tensor, sin: Tensor, inplace: bool, positi
         raise ValueError(f"cos: turns {2 * cos.shape[-1]} dimensions, head_dim of {name} is {head_dim}")
     if inplace and x.requires_grad and x.is_leaf and torch.is_grad_enabled():
         raise ValueError(f"inplace: {name} is a leaf that requires a gradient, which autograd lets nobody overwrite")
-    if inplace and any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape)):
+    if inplace and is_expanded(x):
         raise ValueError(f"inplace: {name} is expanded, several of its elements share one place in memory")
+
+
+def _begin_together(a: Tensor, b: Tensor) -> bool:
+    """Whether the first elements share one place in memory. The compiler cannot look and asks whether both are one tensor."""
+    if torch.compiler.is_compiling():
+        return a is b
+    return torch._C._is_alias_of(a, b) and a.storage_offset() == b.storage_offset()  # type: ignore[attr-defined]
 
 
 def apply_rotary_emb(
@@ -359,6 +366,8 @@ def apply_rotary_emb_qk(
             raise ValueError(f"k: got shape {tuple(k.shape)}, its {what} is not that of q, {tuple(q.shape)}")
     if k.dtype != q.dtype:
         raise TypeError(f"k: got dtype {k.dtype}, q has {q.dtype}")
+    if inplace and _begin_together(q, k):
+        raise ValueError("inplace: k lies where q lies, and each of them would be turned twice")
     turned = _choose(q, backend)((q, k), cos, sin, positions, interleaved, inplace)
     return turned[0], turned[1]
 

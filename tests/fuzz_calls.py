@@ -51,7 +51,7 @@ def seldom(draw: Draw, n: int = 8) -> bool:
 
 
 DTYPES = one("float32", "float16", "bfloat16", "float64")
-ODD_DTYPES = one("int64", "int32", "bool", "complex64", "float8_e4m3fn", "uint8")
+ODD_DTYPES = one("int64", "int32", "bool", "complex64", "float8_e4m3fn", "uint8", "int16", "int8", "complex128", "float8_e5m2")
 SIZES = one(2, 1, 3, 5, 8, 17, 33, 0)
 LENGTHS = one(3, 1, 2, 5, 17, 33, 40, 0)
 FEATURES = one(4, 1, 2, 3, 5, 7, 16, 17, 33, 64, 100, 0)
@@ -848,7 +848,7 @@ def _torch_cross_entropy(call: Call, a: dict[str, Any]) -> Any:
         return NotImplemented  # it takes no classes where there are no rows; ours wants one at least
     if not logits.is_floating_point():
         return NotImplemented  # PyTorch computes with them where there are no rows
-    if any(isinstance(x, Tensor) and x.dtype == torch.float8_e4m3fn for x in (logits, target, a.get("weight"))):
+    if any(isinstance(x, Tensor) and x.is_floating_point() and x.itemsize == 1 for x in (logits, target, a.get("weight"))):
         return NotImplemented  # PyTorch takes none either, but what follows would widen them
     target = _of_one_row(logits.shape, target)
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32

@@ -607,6 +607,7 @@ def test_a_length_may_be_an_integer_of_numpy():
     assert torch.equal(flash_attn_with_kvcache(q, *caches, cache_seqlens=numpy.int64(5)), expected)
 
 
+NEW = {"k": r(2, 1, 2, 16), "v": r(2, 1, 2, 16), "cache_seqlens": i32(1, 1)}
 BAD = [
     ({"q": r(2, 4, 16)}, "q: got 3 dimensions, need 4"),
     ({"q": r(2, 1, 4, 16, dtype=torch.int32)}, "q: got dtype torch.int32"),
@@ -614,6 +615,8 @@ BAD = [
     ({"q": r(2, 1, 4, 24)}, "k_cache: got head_dim 16, q has 24"),
     ({"q": r(3, 1, 4, 16), "k": r(3, 1, 2, 16), "v": r(3, 1, 2, 16), "cache_seqlens": i32(1, 1, 1)}, "k_cache: got 2 seq"),
     ({"k_cache": r(2, 60, 2, 16, dtype=torch.float16)}, "k_cache: got dtype torch.float16, q has torch.float32"),
+    ({"k_cache": r(1, 60, 2, 16).expand(2, -1, -1, -1), **NEW}, "k_cache: is expanded"),
+    ({"v_cache": r(2, 60, 1, 16).expand(-1, -1, 2, -1), **NEW}, "v_cache: is expanded"),
     ({"k_cache": r(2, 60, 16, 2).transpose(2, 3)}, "k_cache: got stride 2 in the last dimension, need 1"),
     ({"v_cache": r(2, 50, 2, 16)}, r"v_cache: got shape \(2, 50, 2, 16\), k_cache has"),
     ({"v_cache": r(2, 60, 2, 1100)}, "v_cache: got head_dim 1100, allowed are 1 to 1024"),

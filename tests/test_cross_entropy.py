@@ -108,6 +108,19 @@ def test_the_gradient_can_take_the_place_of_the_logits(triton):
     assert torch.equal(logits.detach(), separate[1])
 
 
+def test_the_gradient_does_not_take_the_place_of_logits_that_share_theirs(triton):
+    z, y = problem(20, 301)
+    z = z[:1].clone()
+    gradients = []
+    for inplace in (False, True):
+        leaf = z.clone().requires_grad_()
+        logits = (leaf * 1).expand(20, 301)
+        cross_entropy(logits, y, inplace_backward=inplace).backward()
+        gradients.append(leaf.grad)
+        assert torch.equal(logits[0].detach(), z[0])
+    assert torch.equal(*gradients)
+
+
 def test_a_second_backward_over_logits_that_are_gone_is_refused(triton):
     z, y = problem(20, 301)
     loss = cross_entropy(z.requires_grad_() * 1, y, inplace_backward=True)

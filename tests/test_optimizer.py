@@ -1137,6 +1137,12 @@ def test_parameters_that_are_no_floats_are_refused(dtype):
         FusedAdamW([torch.ones(3), torch.ones(3, dtype=dtype)])
 
 
+def test_parameters_that_cannot_be_written_one_by_one_are_refused():
+    with pytest.raises(ValueError, match="params: number 1 is expanded, several of its elements share one place in memory"):
+        FusedAdamW([torch.ones(3), torch.ones(1, 4).expand(3, 4)])
+    FusedAdamW([torch.ones(1, 4).expand(1, 4)])
+
+
 def test_bad_groups_are_refused_and_leave_the_optimizer_as_it_was():
     o = FusedAdamW(make_params())
     with pytest.raises(ValueError, match=r"lr: got -1"):
@@ -1157,6 +1163,21 @@ def test_bad_gradients_are_refused_before_anything_changes(own):
     with pytest.raises(ValueError, match=r"params: the gradient of number 1 is torch.sparse_coo, allowed are dense ones"):
         o.step()
     assert_same(values([other, table.weight]), before)
+
+
+def test_an_expanded_gradient_is_read_and_refused_where_it_is_written():
+    p, q = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(4))
+    p.grad, q.grad = torch.tensor(2.0).expand(4), torch.full((4,), 2.0)
+    FusedAdamW([p]).step()
+    FusedAdamW([q]).step()
+    assert torch.equal(p, q)
+    o = FusedAdamW([q, p], zero_grad=True)
+    with pytest.raises(ValueError, match="params: the gradient of number 1 is expanded"):
+        o.step()
+    assert torch.equal(p, q)
+    p.data = torch.ones(1).expand(4)
+    with pytest.raises(ValueError, match="params: number 1 is expanded"):
+        o.step()
 
 
 @pytest.mark.gpu

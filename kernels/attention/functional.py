@@ -568,7 +568,8 @@ def flash_attn_func(
     q (B, S, H, D), k (B, T, G, D), v (B, T, G, Dv) in float16, bfloat16 or float32, H a multiple of G, D and Dv to 1,024.
     softmax_scale defaults to 1 / sqrt(D). causal and window_size (left, right) count from the diagonal that ends at the last
     key (bottom right). softcap c > 0 replaces scores by c tanh(score / c). alibi_slopes (H) or (B, H). s_aux (H): one logit
-    more in every softmax, without a value. attn_bias and attn_mask (bool, True: takes part) broadcast to (B, H, S, T).
+    more in every softmax, without a value. attn_bias and attn_mask (bool, True: takes part) broadcast to (B, H, S, T); scores
+    are float32, and what is added to them is taken in float32 too.
     seqused_k (B, int32): how many keys of each sequence are in use. Everything combines; q, k, v, attn_bias and s_aux get
     gradients. The backward is always deterministic, so `deterministic` changes nothing. None for an option is its default.
 
