@@ -34,8 +34,13 @@ def register_autograd(op: Any, backward: Callable[..., Any], setup_context: Call
         setup(ctx, args, output)
         return output
 
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        # refuse_forward_mode does not see tangents below a torch.func.grad.
+        raise NotImplementedError(f"{op._name} has no forward-mode derivative (use backend='reference')")
+
     def function(**members: Any) -> Any:
-        return type(op._name, (torch.autograd.Function,), members | {"backward": staticmethod(backward)})
+        members |= {"backward": staticmethod(backward), "jvp": staticmethod(jvp)}
+        return type(op._name, (torch.autograd.Function,), members)
 
     # PyTorch inspects the signature at each call of one that has a setup_context.
     mapped = function(forward=staticmethod(forward), setup_context=staticmethod(setup), generate_vmap_rule=True)

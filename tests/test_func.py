@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.func import grad, jacrev, vmap
+from torch.func import grad, jacrev, jvp, vmap
 from wikigpt.kernels import (
     apply_rotary_emb,
     bias_gelu,
@@ -153,6 +153,23 @@ def test_a_transform_gives_what_it_gives_of_the_reference(name, backend, transfo
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     # PyTorch's fused attention for the CPU has no batching rule, and says so in processes that no one has told not to.
     assert not [w for w in recwarn if "performance drop" in str(w.message) and "aten::_scaled_dot" not in str(w.message)]
+
+
+@pytest.mark.parametrize(("name", "backend"), list(_cases()))
+def test_forward_over_reverse_is_right_or_refused_in_words(name, backend):
+    _, shapes, function = OPS[name]
+    inputs = tuple(torch.randn(shape) for shape in shapes)
+
+    def product(backend):
+        return jvp(grad(_scalar(function, backend)), inputs, inputs)[1]
+
+    want = product("reference")
+    if backend == "torch" and OPS[name][0] != "attention":
+        torch.testing.assert_close(product(backend), want, rtol=1e-4, atol=1e-5)
+        return
+    of_pytorch = "use forward AD with _scaled_dot_product"
+    with pytest.raises(NotImplementedError, match=f"has no forward-mode derivative .use backend='reference'|{of_pytorch}"):
+        product(backend)
 
 
 @pytest.mark.parametrize("name", ["flash_attn_func", "flash_attn_varlen_func", "its sinks"])
