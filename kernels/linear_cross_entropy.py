@@ -835,13 +835,14 @@ def linear_cross_entropy(
         )
     if not plain:
         raise ValueError(f"target: got shape {tuple(target.shape)}, input needs {tuple(input.shape[:-1])}")
+    token_targets = indices(target)
     if function is linear_cross_entropy_reference and checks_values(input.device.type):
-        check_targets(target.reshape(-1), linear_weight.shape[0], ignore_index)  # PyTorch's error names no argument
+        check_targets(token_targets, linear_weight.shape[0], ignore_index)  # PyTorch's error names no argument
     result = function(
         # Not -1, which has no answer for D = 0.
         _packed(input.reshape(target.numel(), input.shape[-1])),
         _packed(linear_weight),
-        indices(target),
+        token_targets,
         linear_bias,
         weight,
         reduction,

@@ -325,7 +325,7 @@ def _sample(
         raise TypeError(f"generator: got {type(generator).__name__}, need a torch.Generator")
     if generator is not None and generator.device.type != device.type:
         raise ValueError(f"generator: got one on {generator.device}, logits are on {device}")
-    check = check_nan or checks_values(device.type)
+    check = (check_nan or checks_values(device.type)) and not logits.is_meta
     p = Parameters(
         _parameter("temperature", temperature, logits, check),
         logits.shape[-1] if top_k is None else _parameter("top_k", top_k, logits, check),

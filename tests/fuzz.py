@@ -411,6 +411,8 @@ def _numbers(call: Call, spec: Fuzzed, outcomes: dict[str, Outcome]) -> None:
     if truth.error is not None:
         raise Finding(call, "float64 is refused", str(truth))
     more = spec.more(call)
+    dtypes = [t.dtype for t in call.tensors().values() if t.torch_dtype.is_floating_point]
+    tiny = 1e-11 if set(dtypes) == {"float64"} else 32 * FLOAT32  # float64 beside narrower tensors may be computed in float32
     theirs = evaluate(call, lambda **a: spec.torch(call, a)) if spec.torch is not None and not dropout else None  # type: ignore[misc]
     narrowed = _in_the_dtype_of_scores(call)
     if narrowed is not call:
@@ -423,7 +425,7 @@ def _numbers(call: Call, spec: Fuzzed, outcomes: dict[str, Outcome]) -> None:
             beside = [plain.values[key]]
             if theirs is not None and key in theirs.values and theirs.values[key].shape == expected.shape:
                 beside.append(theirs.values[key])
-            message = disagreement(outcome.values[key], beside, expected, near, more.get(key, 0.0))
+            message = disagreement(outcome.values[key], beside, expected, near, more.get(key, 0.0), tiny)
             if message:
                 raise Finding(call, "a wrong number", f"{key}: {message}", name)
     # The reference itself, against PyTorch's float64.
@@ -432,7 +434,7 @@ def _numbers(call: Call, spec: Fuzzed, outcomes: dict[str, Outcome]) -> None:
         for key, expected in wide.values.items() if wide.error is None else ():
             near = [w.values[key] for w in wobbles]
             if key in truth.values and truth.values[key].shape == expected.shape:
-                message = disagreement(truth.values[key], [truth.values[key]], expected.double(), near, 0.0)
+                message = disagreement(truth.values[key], [truth.values[key]], expected.double(), near, 0.0, 1e-11)
                 if message:
                     raise Finding(call, "another number than PyTorch's", f"{key}: {message}", "reference")
 
@@ -461,7 +463,7 @@ def _truth(call: Call, spec: Fuzzed) -> tuple[Outcome, list[Outcome]]:
     return truth, [evaluate(call, spec.function, name, wide=True, wobble=i, eps=eps) for i in (1, 2)]
 
 
-def disagreement(ours: Tensor, beside: list[Tensor], truth: Tensor, near: list[Tensor], more: float) -> str | None:
+def disagreement(ours: Tensor, beside: list[Tensor], truth: Tensor, near: list[Tensor], more: float, tiny: float) -> str | None:
     """The numeric rule: the error against float64 is at most twice plain PyTorch's or what a rounding of the inputs makes, plus
     the rounding of the result and a tiny term. Where plain PyTorch or the rounded problem is not finite nothing is asked; where
     the truth is not finite, ours is not."""
@@ -493,7 +495,6 @@ def disagreement(ours: Tensor, beside: list[Tensor], truth: Tensor, near: list[T
     error = torch.where(at_all, ours64 - truth, zero).abs()
     largest = float(torch.where(at_all, truth, zero).abs().max())
     eps = torch.finfo(dtype).eps
-    tiny = 1e-11 if dtype == torch.float64 else 32 * FLOAT32
     allowed = 2 * worst + (eps + tiny) * largest + tiny + eps / 4 + more + torch.finfo(dtype).smallest_normal
     if allowed > limit:
         return None

@@ -795,6 +795,22 @@ def test_targets_out_of_range_raise_where_values_are_checked(small_chunks):
         assert _dispatch.checks_values("cuda")
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton", "reference", "torch"])
+@pytest.mark.parametrize("ignore_index", [-1, 255, 256])
+def test_an_ignored_target_is_compared_as_a_number_not_in_8_bits(small_chunks, backend, ignore_index):
+    """As uint8 -1 is 255, and 256 is 0."""
+    x, w, _, _ = problem(3, 4, 20)
+    y = torch.tensor([0, 255, 3], dtype=torch.uint8)
+    if ignore_index == 255:
+        y_int = torch.tensor([0, -100, 3])
+        assert torch.equal(lce(x, w, y, ignore_index=255, backend=backend), lce(x, w, y_int, backend=backend))
+        return
+    with pytest.raises(IndexError, match="target: token 1 is 255"):
+        lce(x, w, y, ignore_index=ignore_index, backend=backend)
+    y[1] = 4
+    assert torch.equal(lce(x, w, y, ignore_index=ignore_index, backend=backend), lce(x, w, y.long(), backend=backend))
+
+
 @pytest.mark.parametrize("outside", [20, -1, 2**40])
 def test_targets_out_of_range_give_nan_where_values_are_not_checked(small_chunks, monkeypatch, outside):
     monkeypatch.setattr(module, "checks_values", lambda device_type: False)
