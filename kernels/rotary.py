@@ -358,7 +358,10 @@ def apply_rotary_emb_qk(
     positions: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`apply_rotary_emb` of q (B, H, S, D) and k (B, G, S, D) by the same angles, in one launch."""
+    """`apply_rotary_emb` of q (B, H, S, D) and k (B, G, S, D) by the same angles, in one launch.
+
+    Raises ValueError too where inplace is to turn one memory twice, k that lies where q lies.
+    """
     _check("q", q, cos, sin, inplace, positions)
     _check("k", k, cos, sin, inplace, positions)
     for what, dim in (("batch", 0), ("head_dim", 3)):

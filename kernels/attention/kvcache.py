@@ -388,7 +388,8 @@ def flash_attn_with_kvcache(
     q (B, S, H, D). k_cache (B_cache, T, G, D), v_cache (B_cache, T, G, Dv), or with block_table (B, P, int32) pages
     (pages, page_size, G, D or Dv) of any size; the last dimension dense. float16, bfloat16 or float32, D and Dv to 1,024.
 
-    k (B, N, G, D), v (B, N, G, Dv): written into the caches, in place, at positions cache_seqlens .. cache_seqlens + N.
+    k (B, N, G, D), v (B, N, G, Dv): written into the caches, in place, at positions cache_seqlens .. cache_seqlens + N; these
+    are not expanded then.
     rotary_cos, rotary_sin (positions, rotary_dim / 2), in q's dtype or float32, turn k by the angle of its position and q:
     with causal or window_size query i by that of cache_seqlens + i, otherwise every query by that of cache_seqlens.
     rotary_interleaved pairs dimensions 0 and 1, 2 and 3 (GPT-J), otherwise 0 and rotary_dim / 2 (GPT-NeoX).
