@@ -389,17 +389,15 @@ def _is_usual(
 def _check_tensors(x: Tensor, others: dict[str, Tensor | None], shape: tuple[int, ...]) -> None:
     if x.dtype not in FLOATS:
         raise TypeError(f"x: got dtype {x.dtype}, allowed are float16, bfloat16, float32 and float64")
-    _check_shapes(x, others, shape)
+    _check_shapes_and_devices(x, others, shape)
     for name, tensor in others.items():
         if tensor is None:
             continue
         if tensor.dtype not in FLOATS:
             raise TypeError(f"{name}: got dtype {tensor.dtype}, allowed are float16, bfloat16, float32 and float64")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: is on {tensor.device}, x is on {x.device}")
 
 
-def _check_shapes(x: Tensor, others: dict[str, Tensor | None], shape: tuple[int, ...]) -> None:
+def _check_shapes_and_devices(x: Tensor, others: dict[str, Tensor | None], shape: tuple[int, ...]) -> None:
     if x.dim() == 0 or not shape:
         what = "x" if x.dim() == 0 else next((name for name, t in others.items() if t is not None), "normalized_shape")
         raise ValueError(f"{what}: got shape (), must have at least one dimension")
@@ -410,6 +408,8 @@ def _check_shapes(x: Tensor, others: dict[str, Tensor | None], shape: tuple[int,
         needed = tuple(x.shape) if name == "residual" else end
         if tuple(tensor.shape) != needed:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, x needs {needed}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: is on {tensor.device}, x is on {x.device}")
     if shape != end:
         raise ValueError(f"normalized_shape: got {shape}, the last dimensions of x are {end}")
 
@@ -451,7 +451,7 @@ def _unusual(
     odd_weight = rms and x.dtype in FLOATS and weight is not None and not weight.is_floating_point()
     if plain and (x.is_nested or (rms and x.is_complex()) or odd_weight):
         if not x.is_nested:
-            _check_shapes(x, others, shape)
+            _check_shapes_and_devices(x, others, shape)
         y = F.rms_norm(x, shape, weight, eps) if rms else F.layer_norm(x, shape, weight, bias, eps)
         return (y, x) if prenorm else y
     _check_tensors(x, others, shape)

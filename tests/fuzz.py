@@ -434,9 +434,13 @@ def _numbers(call: Call, spec: Fuzzed, outcomes: dict[str, Outcome]) -> None:
         for key, expected in wide.values.items() if wide.error is None else ():
             near = [w.values[key] for w in wobbles]
             if key in truth.values and truth.values[key].shape == expected.shape:
-                message = disagreement(truth.values[key], [truth.values[key]], expected.double(), near, 0.0, 1e-11)
+                message = disagreement(truth.values[key], [truth.values[key]], _wide(expected), near, 0.0, 1e-11)
                 if message:
                     raise Finding(call, "another number than PyTorch's", f"{key}: {message}", "reference")
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.complex128) if x.is_complex() else x.double()
 
 
 def _in_the_dtype_of_scores(call: Call) -> Call:

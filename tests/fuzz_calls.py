@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,14 +51,44 @@ def seldom(draw: Draw, n: int = 8) -> bool:
     return draw(st.integers(0, n - 1)) == n - 1
 
 
-DTYPES = one("float32", "float16", "bfloat16", "float64")
-ODD_DTYPES = one("int64", "int32", "bool", "complex64", "float8_e4m3fn", "uint8", "int16", "int8", "complex128", "float8_e5m2")
+FLOATING = ("float32", "float16", "bfloat16", "float64")
+ODD = ("int64", "int32", "bool", "complex64", "float8_e4m3fn", "uint8", "int16", "int8", "complex128", "float8_e5m2")
+DTYPES, ODD_DTYPES = one(*FLOATING), one(*ODD)
 SIZES = one(2, 1, 3, 5, 8, 17, 33, 0)
 LENGTHS = one(3, 1, 2, 5, 17, 33, 40, 0)
 FEATURES = one(4, 1, 2, 3, 5, 7, 16, 17, 33, 64, 100, 0)
 HEAD_DIMS = one(4, 16, 1, 2, 3, 8, 17, 33, 64, 80)
 PROBABILITIES = Option((0.2, 0.5, 0.0), (1.0, -0.1, NAN, 2.0))
 TINY = 2.0**-20
+
+
+def otherwise(t: T, **change: Any) -> T:
+    """The tensor with another dtype, shape, layout or device, and numbers that there are then."""
+    if t.values is not None and "shape" in change:
+        change |= {"values": None, "fill": (0, 1)}
+    if change.get("dtype") in ODD:
+        change["grad"] = False
+        if t.values is None:
+            change["fill"] = "normal"  # numbers to choose from may not exist in this dtype
+    return dataclasses.replace(t, **change)
+
+
+def neighbours(call: Call) -> Iterator[Call]:
+    """The call with one of its tensors otherwise in one way: each dtype, size, rank and layout, and another device."""
+    for name, t in call.arguments.items():
+        if not isinstance(t, T):
+            continue
+        shape = t.shape
+        shapes = {(), (1, *shape), (1, 1, *shape), shape[1:], shape[:-1], (*shape, 1)}
+        for i, n in enumerate(shape):
+            shapes |= {(*shape[:i], other, *shape[i + 1 :]) for other in (0, 1, max(n - 1, 0), n + 1, 2 * n)}
+        changes: list[dict[str, Any]] = [{"dtype": dtype} for dtype in (*FLOATING, *ODD)]
+        changes += [{"shape": shape} for shape in sorted(shapes)]
+        changes += [{"layout": layout} for layout in LAYOUTS]
+        for change in (*changes, {"device": "meta"}):
+            other = otherwise(t, **change)
+            if other != t:
+                yield dataclasses.replace(call, arguments=call.arguments | {name: other})
 
 
 class Arguments:
@@ -99,7 +130,7 @@ class Arguments:
         how = draw(
             one("size", "rank", "more rank", "dtype", "other float", "scalar", *(["device"] if len(present) > 1 else []))
         )
-        shape, change = t.shape, {}
+        shape, change = t.shape, dict[str, Any]()
         if how == "size" and shape:
             i = draw(st.integers(0, len(shape) - 1))
             change["shape"] = (*shape[:i], draw(one(shape[i] + 1, 0, 1, 2 * shape[i])), *shape[i + 1 :])
@@ -111,17 +142,11 @@ class Arguments:
             change["shape"] = ()
         elif how == "dtype":
             change["dtype"] = draw(ODD_DTYPES)
-            change["grad"] = False
         elif how == "other float":
             change["dtype"] = draw(DTYPES)
         elif how == "device":
             change["device"] = "meta"
-        if t.values is not None and "shape" in change:
-            change |= {"values": None, "fill": (0, 1)}
-        if how == "dtype" and t.values is None:
-            change["fill"] = "normal"  # numbers to choose from may not exist in this dtype
-        values = {f: getattr(t, f) for f in ("shape", "dtype", "layout", "grad", "fill", "values", "device", "seed")}
-        self.found[name] = T(**{**values, **change})
+        self.found[name] = otherwise(t, **change)
 
     def call(self, function: str, upstream: int = 1) -> Call:
         chosen = None
