@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import itertools
 import math
 import re
 from dataclasses import replace
@@ -285,6 +286,25 @@ def test_it_takes_exactly_what_pytorchs_takes(name, backend, calls):
             assert not isinstance(ours, Exception), f"{call}: {ours}"
             tolerance = {"rtol": 2e-2, "atol": 2e-2} if expected.dtype.itemsize == 2 else {}
             torch.testing.assert_close(ours, expected, msg=lambda text, call=call: f"{call}: {text}", **tolerance)
+
+
+LEADS = [(), (2,), (1, 2), (2, 1), (2, 2), (3, 2)]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "torch"])
+@pytest.mark.parametrize("mask", [None, *LEADS], ids=str)
+def test_dimensions_before_the_heads_broadcast_where_pytorchs_do(mask, backend):
+    attn_mask = None if mask is None else torch.randn(*mask, 3, 4, 4)
+    for leads in itertools.product(LEADS, repeat=3):
+        inputs = [torch.randn(*lead, 3, 4, 8) for lead in leads]
+        with sdpa_kernel(SDPBackend.MATH):
+            expected = outcome(F.scaled_dot_product_attention, inputs, {"attn_mask": attn_mask})
+        ours = outcome(functools.partial(scaled_dot_product_attention, backend=backend), inputs, {"attn_mask": attn_mask})
+        if isinstance(expected, Exception):
+            assert isinstance(ours, (ValueError, TypeError)), f"{leads}: PyTorch says {expected}, ours {ours}"
+            assert NAMED.search(str(ours)), leads
+        else:
+            torch.testing.assert_close(ours, expected, msg=lambda text, leads=leads: f"{leads}: {text}")
 
 
 @pytest.mark.parametrize(

@@ -218,15 +218,18 @@ def covered(
         return None
     if not enable_gqa and key.shape[-3] not in (1, query.shape[-3]):
         return None
-    if attn_mask is not None:
-        if is_causal or attn_mask.dtype not in (torch.bool, query.dtype, torch.float32) or attn_mask.dim() > rank:
-            return None
-        if rank > 4 and attn_mask.dim() > 3:
-            attn_mask = attn_mask.expand(*query.shape[:-3], *attn_mask.shape[-3:]).flatten(0, -4)
+    if attn_mask is not None and (
+        is_causal or attn_mask.dtype not in (torch.bool, query.dtype, torch.float32) or attn_mask.dim() > rank
+    ):
+        return None
     if rank != 4:
         lead = query.shape[:-3]
         if not lead == key.shape[:-3] == value.shape[:-3]:
             return None
+        if attn_mask is not None and rank > 4 and attn_mask.dim() > 3:
+            if any(n not in (1, wanted) for n, wanted in zip(reversed(attn_mask.shape[:-3]), reversed(lead))):
+                return None
+            attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).flatten(0, -4)
         query, key, value = (t.reshape(math.prod(lead), *t.shape[-3:]) for t in (query, key, value))
     additive = attn_mask is not None and attn_mask.dtype != torch.bool
     x = Inputs(
