@@ -319,6 +319,8 @@ def _begin_together(a: Tensor, b: Tensor) -> bool:
     """Whether the first elements share one place in memory. The compiler cannot look and asks whether both are one tensor."""
     if torch.compiler.is_compiling():
         return a is b
+    if a.numel() == 0 or b.numel() == 0:
+        return False
     return torch._C._is_alias_of(a, b) and a.storage_offset() == b.storage_offset()  # type: ignore[attr-defined]
 
 

@@ -320,6 +320,7 @@ def test_bad_arguments_are_named():
         apply_rotary_emb_qk(x, x[:, :2], cos, sin, inplace=True)
     qk = torch.randn(2, 3, 5, 16)
     apply_rotary_emb_qk(*qk.chunk(2, -1), cos, sin, inplace=True)
+    apply_rotary_emb_qk(x[:0], x[:0], cos, sin, inplace=True)
     with pytest.raises(ValueError, match=r"k: got shape \(1, 3, 5, 8\), its batch is not that of q"):
         apply_rotary_emb_qk(x, x[:1], cos, sin)
     with pytest.raises(TypeError, match=r"k: got dtype torch.bfloat16, q has torch.float32"):
