@@ -420,9 +420,11 @@ def fake_gpu_check(out: Path, *arguments: str) -> subprocess.Popen[str]:
     # Not as a child of this run of pytest: under xdist no benchmark measures.
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "TRITON_INTERPRET"))}
     environment |= {"WIKIGPT_FAKE_GPU": "90,none", "WIKIGPT_COMMIT": "fake", "OMP_NUM_THREADS": "1"}
+    # A shell starts what runs in its background with Ctrl-C ignored, and whatever that starts ignores it too.
     return subprocess.Popen(
-        command, cwd=machine.ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+        command, cwd=machine.ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
 
 
 def test_a_killed_check_loses_no_finished_row_and_the_next_call_goes_on(tmp_path):
