@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._dispatch import watched
+from ._dispatch import no_forward_mode, watched
 
 
 def register_autograd(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None) -> Any:
@@ -36,7 +36,7 @@ def register_autograd(op: Any, backward: Callable[..., Any], setup_context: Call
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
         # refuse_forward_mode does not see tangents below a torch.func.grad.
-        raise NotImplementedError(f"{op._name} has no forward-mode derivative (use backend='reference')")
+        raise no_forward_mode(op._name)
 
     def function(**members: Any) -> Any:
         members |= {"backward": staticmethod(backward), "jvp": staticmethod(jvp)}

@@ -53,6 +53,12 @@ def is_expanded(tensor: Tensor) -> bool:
     return 0 in strides and any(stride == 0 and size > 1 for stride, size in zip(strides, tensor.shape))
 
 
+def check_writable(what: str, tensor: Tensor) -> None:
+    """ValueError for a tensor that is expanded. `what` begins the sentence."""
+    if is_expanded(tensor):
+        raise ValueError(f"{what} is expanded, several of its elements share one place in memory")
+
+
 def has_functions(tensor: Tensor) -> bool:
     """Whether the tensor's type computes PyTorch's functions in its own way (CausalBias, MaskedTensor, nested tensors). What
     lies in the memory of such a tensor need not be its numbers: that of a CausalBias is uninitialised."""
@@ -79,4 +85,4 @@ def check_tensors(names: str, needed: tuple[Tensor, ...], optional: tuple[Tensor
             )
 
 
-__all__ = ["FLOATS", "as_float", "as_int", "check_float", "check_tensors", "has_functions", "is_expanded"]
+__all__ = ["FLOATS", "as_float", "as_int", "check_float", "check_tensors", "check_writable", "has_functions", "is_expanded"]

@@ -156,10 +156,14 @@ def has_tangent(*tensors: Tensor | None) -> bool:
     return any(tensor is not None and unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
+def no_forward_mode(op: str) -> NotImplementedError:
+    return NotImplementedError(f"{op} has no forward-mode derivative (use backend='reference')")
+
+
 def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
     """NotImplementedError for forward-mode derivatives, which a registered operator would drop in silence."""
     if not torch.compiler.is_compiling() and has_tangent(*tensors):
-        raise NotImplementedError(f"{op} has no forward-mode derivative (use backend='reference')")
+        raise no_forward_mode(op)
 
 
 def _triton_missing() -> str | None:

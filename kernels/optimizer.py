@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ._checks import is_expanded
+from ._checks import check_writable
 from ._dispatch import Implementation, choose, extension_fake, in_extension, only_on, register
 from ._philox import MASK, philox
 
@@ -415,8 +415,8 @@ def _in_layout(
     def copied(what: str, x: Tensor, returns: bool) -> Tensor:
         if x.stride() == strides:
             return x
-        if returns and is_expanded(x):
-            raise ValueError(f"params: {what} {i} is expanded and to be written, but its elements share one place in memory")
+        if returns:
+            check_writable(f"params: {what} {i}", x)
         copy = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
         if returns:
             back.append((x, copy))
@@ -520,8 +520,7 @@ class FusedAdam(torch.optim.Adam):
                 if p.dtype not in DTYPES or p.layout != torch.strided:
                     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
                     raise ValueError(f"params: number {i} is {p.dtype}, {p.layout}, allowed are dense tensors of {names}")
-                if is_expanded(p):
-                    raise ValueError(f"params: number {i} is expanded, several of its elements share one place in memory")
+                check_writable(f"params: number {i}", p)
         except ValueError:
             del self.param_groups[-1]
             raise

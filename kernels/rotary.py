@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._autograd import call_in_place, register_autograd, register_vmap
-from ._checks import as_float, as_int, check_float, is_expanded
+from ._checks import as_float, as_int, check_float, check_writable
 from ._dispatch import (
     NAMESPACE,
     Implementation,
@@ -311,8 +311,8 @@ def _check(name: str, x: Tensor, cos: Tensor, sin: Tensor, inplace: bool, positi
         raise ValueError(f"cos: turns {2 * cos.shape[-1]} dimensions, head_dim of {name} is {head_dim}")
     if inplace and x.requires_grad and x.is_leaf and torch.is_grad_enabled():
         raise ValueError(f"inplace: {name} is a leaf that requires a gradient, which autograd lets nobody overwrite")
-    if inplace and is_expanded(x):
-        raise ValueError(f"inplace: {name} is expanded, several of its elements share one place in memory")
+    if inplace:
+        check_writable(f"inplace: {name}", x)
 
 
 def _begin_together(a: Tensor, b: Tensor) -> bool:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import call_in_place
-from .._checks import as_float, as_int, check_tensors, is_expanded
+from .._checks import as_float, as_int, check_tensors, check_writable
 from .._dispatch import NAMESPACE, Implementation, checks_values, choose, imported, only_on, register, why_not_triton
 from .functional import _float, _window, casting_to, changing, readable
 from .op import attention, changed
@@ -316,8 +316,7 @@ def _check_new(x: CacheInputs) -> None:
             expected = (x.q.shape[0], x.k.shape[1], *cache.shape[2:])
             if tuple(tensor.shape) != expected:
                 raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, need {expected}")
-            if is_expanded(cache):
-                raise ValueError(f"{name}_cache: is expanded, several of its elements share one place in memory")
+            check_writable(f"{name}_cache:", cache)
         if x.n_new > x.capacity:
             raise ValueError(f"k: got {x.n_new} positions, the cache has room for {x.capacity}")
     if x.rotary_cos is not None and x.rotary_sin is not None:
