@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from wikigpt.kernels import FusedAdamW
 
+from wikigpt import kernels
 from wikigpt.model import GPT, GPTConfig
 
 from .suite import Function, Measure, Peer, Problem, assert_right, plain, rows
@@ -50,6 +51,17 @@ def ours(params: list[Tensor]) -> Callable[[], Any]:
     return FusedAdamW(params, **OPTIONS, max_grad_norm=CLIP).step
 
 
+def ours_without_csrc(params: list[Tensor]) -> Callable[[], Any]:
+    """PyTorch's operators, which stand in where the extension is not built."""
+    step = ours(params)
+
+    def with_operators() -> None:
+        with kernels.backend("torch"):
+            step()
+
+    return with_operators
+
+
 def of_torch(params: list[Tensor], fused: bool | None = None, foreach: bool | None = None) -> Callable[[], Any]:
     optimizer = torch.optim.AdamW(params, **OPTIONS, fused=fused, foreach=foreach)
 
@@ -62,6 +74,7 @@ def of_torch(params: list[Tensor], fused: bool | None = None, foreach: bool | No
 
 PEERS = {
     "ours": plain(ours),
+    "ours without csrc": plain(ours_without_csrc),
     "torch fused": plain(functools.partial(of_torch, fused=True)),
     "torch foreach": plain(functools.partial(of_torch, foreach=True)),
     "torch for-loop": plain(functools.partial(of_torch, foreach=False)),
@@ -125,7 +138,7 @@ def problem(case: Case, device: str) -> Problem:
 
 
 def peers(case: Case, device: str, sizes: str) -> dict[str, Peer]:
-    return {name: peer for name, peer in PEERS.items() if sizes != "check" or name in ("ours", "torch fused")}
+    return {name: peer for name, peer in PEERS.items() if sizes != "check" or name != "torch for-loop"}
 
 
 @rows(cases, peers)

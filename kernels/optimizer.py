@@ -98,10 +98,11 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def random_bits(seed: int, step: int, index: int, stream: int, count: int, device: torch.device) -> Tensor:
+def random_bits(seed: int, step: int | Tensor, index: int, stream: int, count: int, device: torch.device) -> Tensor:
     """16 random bits for each of `count` elements, int64: Philox4x32-7 (Salmon et al. 2011).
 
-    Key (seed, step), counter (i // 8, 0, index, stream): element i takes half i % 2 (low first) of word i % 8 // 2.
+    Key (seed, step), counter (i // 8, 0, index, stream): element i takes half i % 2 (low first) of word i % 8 // 2. `step` may
+    be an int64 tensor of one element, which stays on its device.
     """
     block = torch.arange((count + 7) // 8, device=device)
     counter = (block & MASK, block >> 32, torch.full_like(block, index), torch.full_like(block, stream))
@@ -204,7 +205,26 @@ def _grad_norm_torch(grads: Sequence[Tensor], grad_scale: Tensor | None = None, 
 
 
 def _adamw_torch(u: Update) -> None:
-    """torch._fused_adamw_ and _fused_adam_ with other passes around them."""
+    """torch._fused_adamw_ and _fused_adam_ on the CPU, torch._foreach operators elsewhere, with other passes around them."""
+    if u.params[0].device.type == "cpu":
+        unscaled = _step_fused(u)
+    else:
+        _step_foreach(u)
+        unscaled = False
+    for ema, w in zip(u.emas, u.masters or u.params):
+        weight: Any = 1 - u.ema_decay
+        if u.found_inf is not None:
+            weight = (weight * (u.found_inf == 0)).to(ema.dtype).reshape(())
+        ema.lerp_(w.to(ema.dtype), weight)
+    if u.zero_grad:
+        torch._foreach_zero_(u.grads)
+    elif u.grad_scale is not None and not unscaled:
+        divisor = u.grad_scale if u.found_inf is None else u.grad_scale.where(u.found_inf == 0, 1)
+        torch._foreach_div_(u.grads, divisor.reshape(()))
+
+
+def _step_fused(u: Update) -> bool:
+    """Whether the gradients have been divided by grad_scale on the way."""
     widened = bool(u.masters) or u.stochastic
     # These operators leave what they have divided by `scale` in the gradients. A copy is for what is clipped or wide there.
     grads, scale = u.grads, u.grad_scale
@@ -234,28 +254,99 @@ def _adamw_torch(u: Update) -> None:
     if u.found_inf is not None:
         torch._foreach_sub_(u.steps, [u.found_inf.reshape(())] * len(u.steps))
     if u.stochastic:
-        _store_stochastically(u, lists)
+        changed = None if u.found_inf is None else u.found_inf == 0
+        _store_stochastically(u, lists[0], lists[2], lists[3], changed)
     elif u.masters:
         torch._foreach_copy_(u.params, u.masters)
-    for ema, w in zip(u.emas, u.masters or u.params):
-        weight: Any = 1 - u.ema_decay
-        if u.found_inf is not None:
-            weight = (weight * (u.found_inf == 0)).to(ema.dtype).reshape(())
-        ema.lerp_(w.to(ema.dtype), weight)
-    if u.zero_grad:
-        torch._foreach_zero_(u.grads)
-    elif u.grad_scale is not None and lists[1] is not u.grads:
-        divisor = u.grad_scale if u.found_inf is None else u.grad_scale.where(u.found_inf == 0, 1)
-        torch._foreach_div_(u.grads, divisor.reshape(()))
+    return lists[1] is u.grads
 
 
-def _store_stochastically(u: Update, lists: list[list[Tensor]]) -> None:
-    changed: Any = True if u.found_inf is None else u.found_inf == 0
-    for stream, stored, values in ((0, u.params, lists[0]), (1, u.exp_avgs, lists[2]), (2, u.exp_avg_sqs, lists[3])):
-        for i, (to, value) in enumerate(zip(stored, values)):
-            bits = random_bits(u.seed, int(u.steps[i]), u.indices[i], stream, value.numel(), value.device)
+TOGETHER = 64  # parameters of one call of the torch._foreach operators: copies and temporaries are of these alone
+
+
+def _step_foreach(u: Update) -> None:
+    """What adamw_reference says, up to the moving averages, without waiting for the device.
+
+    torch._fused_adamw_ would be one pass instead of nine, but on a GPU (torch 2.11) it squares gradients before it multiplies
+    by 1 - beta2: NaN above 1.8e19. It has that number in float32 as well.
+    """
+    factor = u.factor()
+    lists = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "masters", "steps", "indices")
+    for part, lr, hyper in u.groups():
+        for begin in range(part.start, part.stop, TOGETHER):
+            some = slice(begin, min(begin + TOGETHER, part.stop))
+            _foreach_of_some(u._replace(**{name: getattr(u, name)[some] for name in lists}), factor, lr, *hyper)
+
+
+def _foreach_of_some(
+    u: Update, factor: Tensor | None, lr: Any, beta1: float, beta2: float, eps: float, decay: float, maximize: float
+) -> None:
+    stored = (u.params, u.exp_avgs, u.exp_avg_sqs, u.max_exp_avg_sqs)
+    written = [*itertools.chain(*stored, u.masters, u.steps)]
+    before = [] if u.found_inf is None else [tensor.clone() for tensor in written]
+    torch._foreach_add_(u.steps, 1)
+
+    g: Any = _widened(u.grads)
+    w, m, v, largest = wide = (u.masters or _widened(u.params), *map(_widened, stored[1:]))
+    dtype = g[0].dtype
+    if factor is not None:
+        g = torch._foreach_mul(g, factor.to(dtype).reshape(()))
+    if maximize:
+        g = torch._foreach_neg(g)
+    if decay and not u.decoupled:
+        g = torch._foreach_add(g, w, alpha=decay)
+    torch._foreach_mul_(m, beta1)
+    torch._foreach_add_(m, g, alpha=1 - beta1)
+    torch._foreach_mul_(v, beta2)
+    torch._foreach_addcmul_(v, torch._foreach_mul(g, 1 - beta2), g)
+    if largest:
+        torch._foreach_maximum_(largest, v)
+
+    # Each parameter has done its own number of steps, and only the device knows it.
+    steps = torch.stack([step.reshape(()) for step in u.steps]).to(_sum_dtype(g[0].device))
+    lr = lr.to(steps) if isinstance(lr, Tensor) else lr
+    step_size, root = lr / _bias_correction(beta1, steps), _bias_correction(beta2, steps).rsqrt()
+    change = torch._foreach_sqrt(largest or v)
+    torch._foreach_mul_(change, list(root.to(dtype).unbind()))
+    torch._foreach_add_(change, eps)
+    change = torch._foreach_div(m, change)
+    if decay and u.decoupled:
+        kept = 1 - lr * decay
+        torch._foreach_mul_(w, kept.to(dtype).reshape(()) if isinstance(kept, Tensor) else kept)
+    torch._foreach_addcmul_(w, change, list(step_size.neg().to(dtype).unbind()))
+
+    if u.stochastic:
+        _store_stochastically(u, w, m, v)
+    else:
+        for to, values in zip(stored, wide):
+            if to is not values and to:
+                torch._foreach_copy_(to, values)
+    if u.found_inf is not None:
+        for tensor, old in zip(written, before):
+            torch.where(u.found_inf.reshape(()) == 0, tensor, old, out=tensor)
+
+
+def _widened(tensors: list[Tensor]) -> list[Tensor]:
+    """float32 copies of 16-bit tensors, others as they are."""
+    if not tensors or tensors[0].dtype not in NARROW:
+        return tensors
+    wide = [torch.empty_like(tensor, dtype=torch.float32) for tensor in tensors]
+    torch._foreach_copy_(wide, tensors)
+    return wide
+
+
+def _bias_correction(beta: float, steps: Tensor) -> Tensor:
+    """1 - beta**steps, which keeps its digits in float32 too."""
+    return -torch.special.expm1(steps * (math.log(beta) if beta else -math.inf))
+
+
+def _store_stochastically(u: Update, w: list[Tensor], m: list[Tensor], v: list[Tensor], changed: Tensor | None = None) -> None:
+    """changed: one bool on the device; where it is False nothing is stored."""
+    for stream, stored, values in ((0, u.params, w), (1, u.exp_avgs, m), (2, u.exp_avg_sqs, v)):
+        for to, value, step, index in zip(stored, values, u.steps, u.indices):
+            bits = random_bits(u.seed, step.long().reshape(()), index, stream, value.numel(), value.device)
             rounded = round_stochastically(value, bits)
-            to.copy_(rounded if changed is True else torch.where(changed, rounded, to))
+            to.copy_(rounded if changed is None else torch.where(changed, rounded, to))
     for to, value in zip(u.max_exp_avg_sqs, u.exp_avg_sqs):
         to.copy_(torch.maximum(to, value))
 

@@ -26,15 +26,18 @@ from wikigpt import kernels
 SHAPES = [(29, 701), (17, 33), (5,), (1,), (0,), ()]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BACKENDS = [
-    ("cpu", "cpu"), ("cpu", "torch"), ("cpu", "reference"),
+    ("cpu", "cpu"), ("cpu", "torch"), ("cpu", "foreach"), ("cpu", "reference"),
     *(pytest.param(("cuda", name), marks=pytest.mark.gpu) for name in ("cuda", "torch", "reference")),
 ]  # fmt: skip
 
 
 @pytest.fixture(params=BACKENDS, ids=lambda pair: "-".join(pair))
-def device(request):
-    """The device of a test, in which one implementation is in force."""
+def device(request, monkeypatch):
+    """The device of a test, in which one implementation is in force. "foreach": what "torch" is on a GPU."""
     device_type, name = request.param
+    if name == "foreach":
+        monkeypatch.setattr(optimizer, "_step_fused", optimizer._step_foreach)
+        name = "torch"
     reason = next(reason for backend, reason in explain("adamw", device_type) if backend == name)
     if reason is not None:
         pytest.skip(reason)
@@ -840,13 +843,14 @@ def test_registered_operators_keep_their_promises(own):
     [{"max_grad_norm": 0.5, "ema_decay": 0.9}, {"dtype": torch.bfloat16, "stochastic_rounding": True, "zero_grad": True}],
     ids=str,
 )
-def test_a_cuda_graph_holds_the_step(options):
+@pytest.mark.parametrize("device", [("cuda", "cuda"), ("cuda", "torch")], ids="-".join, indirect=True)
+def test_a_cuda_graph_holds_the_step(device, options):
     options = dict(options)
     dtype = options.pop("dtype", torch.float32)
     results = []
     for captured in (False, True):
-        params = make_params(dtype, "cuda")
-        lr = torch.tensor(1e-3, device="cuda")
+        params = make_params(dtype, device)
+        lr = torch.tensor(1e-3, device=device)
         o = FusedAdamW(params, lr=lr, **options)
         set_grads(params, 0)
         grads = [p.grad for p in params]
@@ -867,9 +871,19 @@ def test_a_cuda_graph_holds_the_step(options):
 
 
 @pytest.mark.gpu
-def test_a_step_does_not_wait_for_the_gpu():
-    params = make_params(device="cuda")
-    o = FusedAdamW(params, max_grad_norm=0.5, ema_decay=0.9)
+@pytest.mark.parametrize(
+    "options",
+    [{"ema_decay": 0.9}, {"amsgrad": True, "lr": "tensor"}, {"dtype": torch.bfloat16, "stochastic_rounding": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("device", [("cuda", "cuda"), ("cuda", "torch")], ids="-".join, indirect=True)
+def test_a_step_does_not_wait_for_the_gpu(device, options):
+    options = dict(options)
+    params = make_params(options.pop("dtype", torch.float32), device)
+    if options.get("lr") == "tensor":
+        options["lr"] = torch.tensor(1e-3, device=device)
+    o = FusedAdamW(params, max_grad_norm=0.5, **options)
+    o.grad_scale, o.found_inf = torch.tensor(2.0, device=device), torch.tensor(0.0, device=device)
     run(o, params, 2)
     torch.cuda.set_sync_debug_mode("error")
     try:
