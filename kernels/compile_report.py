@@ -428,7 +428,42 @@ def _cross_entropy() -> Cases:
     }
 
 
+def _optimizer_case(dtype: torch.dtype, numel: int, everything: bool = False, **given: Any) -> Callable[[], object]:
+    def launch() -> None:
+        from . import optimizer_triton as kernels
+
+        def lists(present: bool, dtype: torch.dtype) -> list[torch.Tensor]:
+            return [_meta(numel, dtype=dtype)] if present else []
+
+        master = given.get("master", False)
+        state = torch.float32 if master else dtype
+        numbers = dict.fromkeys(("beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "l2"), 0.5)
+        numbers |= {"ema_decay": 0.5, "one_minus_ema_decay": 0.5, "seed": 0, "UNSCALE": False, "ZERO_GRAD": everything}
+        kernels.update(
+            lists(True, dtype), lists(True, dtype), lists(True, state), lists(True, state), lists(everything, state),
+            lists(master, state), lists(everything, torch.float32), [0], _meta(len(kernels.TABLE), 1),
+            numbers | {"STOCHASTIC": given.get("stochastic", False)},
+        )  # fmt: skip
+
+    return launch
+
+
+def _optimizer() -> Cases:
+    """A parameter of a GPT, and one of no multiple of 16 bytes."""
+    size = 768 * 3072
+    return {
+        "float32": _optimizer_case(torch.float32, size),
+        "float32 everything": _optimizer_case(torch.float32, size, True),
+        "bfloat16": _optimizer_case(torch.bfloat16, size),
+        "float16 everything": _optimizer_case(torch.float16, size, True),
+        "bfloat16 master, everything": _optimizer_case(torch.bfloat16, size, True, master=True),
+        "bfloat16 stochastic, everything": _optimizer_case(torch.bfloat16, size, True, stochastic=True),
+        "float32 one row": _optimizer_case(torch.float32, 33_278),
+    }
+
+
 OPS: dict[str, Callable[[], Cases]] = {
+    "optimizer": _optimizer,
     "rotary": _rotary,
     "activation": _activation,
     "attention": _attention,
@@ -471,6 +506,7 @@ CHECKED: dict[str, dict[int, str]] = {
     | {90: "bfloat16 50257 (plain|everything)"},
     # The cases with the most registers, and one in which all numbers that Triton takes for constants are.
     "activation": dict.fromkeys((80, 86, 90, 100, 120), "bfloat16 gelu 11008 (packed|everything)|one row everything"),
+    "optimizer": dict.fromkeys((80, 86, 90, 100, 120), "float32$|float32 one row|bfloat16 (master|stochastic)"),
     "rotary": dict.fromkeys(
         (80, 86, 90, 100, 120), "bfloat16 (128/128|80/32) (halves|pairs)$|float32 80/32 pairs positions|token pairs"
     ),
@@ -501,6 +537,9 @@ EXCEPTIONS |= {
     Spill("_backward", 100, "layer_norm bfloat16 8192 everything"): _WORDS,
     Spill("_backward", 120, "layer_norm float32 5120 everything"): _WORDS,
 }
+
+
+EXCEPTIONS[Spill("_adamw", 120, "bfloat16 master, everything")] = "ptxas keeps 7 blocks a multiprocessor: 8 bytes, once"
 
 
 def excuse(kernel: Kernel) -> Spill | None:

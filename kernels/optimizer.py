@@ -23,7 +23,16 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ._checks import check_writable
-from ._dispatch import Implementation, choose, extension_fake, in_extension, only_on, register
+from ._dispatch import (
+    Implementation,
+    choose,
+    extension_fake,
+    imported,
+    in_extension,
+    only_on,
+    register,
+    why_not_triton,
+)
 from ._philox import MASK, philox
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -302,17 +311,14 @@ def _foreach_of_some(
     if largest:
         torch._foreach_maximum_(largest, v)
 
-    # Each parameter has done its own number of steps, and only the device knows it.
-    steps = torch.stack([step.reshape(()) for step in u.steps]).to(_sum_dtype(g[0].device))
-    lr = lr.to(steps) if isinstance(lr, Tensor) else lr
-    step_size, root = lr / _bias_correction(beta1, steps), _bias_correction(beta2, steps).rsqrt()
+    lr, _, step_size, root = _rates(u.steps, lr, beta1, beta2)
     change = torch._foreach_sqrt(largest or v)
     torch._foreach_mul_(change, list(root.to(dtype).unbind()))
     torch._foreach_add_(change, eps)
     change = torch._foreach_div(m, change)
     if decay and u.decoupled:
         kept = 1 - lr * decay
-        torch._foreach_mul_(w, kept.to(dtype).reshape(()) if isinstance(kept, Tensor) else kept)
+        torch._foreach_mul_(w, kept.to(dtype) if isinstance(kept, Tensor) else kept)
     torch._foreach_addcmul_(w, change, list(step_size.neg().to(dtype).unbind()))
 
     if u.stochastic:
@@ -335,9 +341,18 @@ def _widened(tensors: list[Tensor]) -> list[Tensor]:
     return wide
 
 
-def _bias_correction(beta: float, steps: Tensor) -> Tensor:
-    """1 - beta**steps, which keeps its digits in float32 too."""
-    return -torch.special.expm1(steps * (math.log(beta) if beta else -math.inf))
+def _rates(steps: list[Tensor], lr: Any, beta1: float, beta2: float) -> tuple[Any, Tensor, Tensor, Tensor]:
+    """lr, and t, lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t) of each parameter: it has done its own number t of steps, which
+    only the device knows."""
+    t = torch.stack([step.reshape(()) for step in steps])
+    t = t.to(_sum_dtype(t.device))
+    if isinstance(lr, Tensor):
+        lr = lr.to(t).reshape(())
+
+    def correction(beta: float) -> Tensor:  # keeps its digits in float32 too
+        return -torch.special.expm1(t * (math.log(beta) if beta else -math.inf))
+
+    return lr, t, lr / correction(beta1), correction(beta2).rsqrt()
 
 
 def _store_stochastically(u: Update, w: list[Tensor], m: list[Tensor], v: list[Tensor], changed: Tensor | None = None) -> None:
@@ -349,6 +364,38 @@ def _store_stochastically(u: Update, w: list[Tensor], m: list[Tensor], v: list[T
             to.copy_(rounded if changed is None else torch.where(changed, rounded, to))
     for to, value in zip(u.max_exp_avg_sqs, u.exp_avg_sqs):
         to.copy_(torch.maximum(to, value))
+
+
+# --- Triton: optimizer_triton.py ------------------------------------------------------------------------------------
+
+
+def _adamw_triton(u: Update) -> None:
+    if u.params[0].dtype == torch.float64:  # numbers of a launch are float32
+        return _adamw_torch(u)
+    kernel = imported(".optimizer_triton", __package__)
+    factor, live = u.factor(), None if u.found_inf is None else (u.found_inf == 0).float().reshape(())
+    torch._foreach_add_(u.steps, 1 if live is None else live)
+    lists = (u.params, u.grads, u.exp_avgs, u.exp_avg_sqs, u.max_exp_avg_sqs, u.masters, u.emas, u.indices)
+    for part, lr, (beta1, beta2, eps, decay, maximize) in u.groups():
+        if part.start == part.stop:
+            continue
+        lr, t, step_size, root = _rates(u.steps[part], lr, beta1, beta2)
+        row: dict[str, Any] = {
+            "factor": 1.0 if factor is None else factor.reshape(()), "step_size": step_size, "root": root,
+            "decay": lr * decay if u.decoupled else 0.0, "step": t, "grad_scale": u.grad_scale, "live": live,
+        }  # fmt: skip
+        if maximize:
+            row["factor"] = -row["factor"]
+        table = torch.ones(len(kernel.TABLE), len(t), dtype=torch.float32, device=t.device)
+        for values, name in zip(table, kernel.TABLE):
+            if row[name] is not None:
+                values.copy_(row[name]) if isinstance(row[name], Tensor) else values.fill_(row[name])
+        numbers = {
+            "seed": u.seed & MASK, "beta1": beta1, "one_minus_beta1": 1 - beta1, "beta2": beta2, "one_minus_beta2": 1 - beta2,
+            "eps": eps, "l2": 0.0 if u.decoupled else decay, "ema_decay": u.ema_decay, "one_minus_ema_decay": 1 - u.ema_decay,
+            "UNSCALE": u.grad_scale is not None, "ZERO_GRAD": u.zero_grad, "STOCHASTIC": u.stochastic,
+        }  # fmt: skip
+        kernel.update(*(values[part] for values in lists), table, numbers)
 
 
 # --- registered ops: csrc/optimizer.cpp -----------------------------------------------------------------------------
@@ -371,6 +418,7 @@ register(
     "grad_norm",
     Implementation("cuda", _grad_norm_ext, in_extension("cuda", "grad_norm")),
     Implementation("cpu", _grad_norm_ext, in_extension("cpu", "grad_norm")),
+    Implementation("triton", _grad_norm_torch, why_not_triton),  # one pass as well
     Implementation("torch", _grad_norm_torch),
     Implementation("reference", grad_norm_reference),
 )
@@ -378,6 +426,7 @@ register(
     "adamw",
     Implementation("cuda", _adamw_ext, in_extension("cuda", "adamw_")),
     Implementation("cpu", _adamw_ext, in_extension("cpu", "adamw_")),
+    Implementation("triton", _adamw_triton, why_not_triton),
     Implementation("torch", _adamw_torch, only_on("cpu", "cuda", "mps")),
     Implementation("reference", adamw_reference),
 )

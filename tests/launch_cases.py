@@ -307,6 +307,30 @@ OTHERS: dict[str, Callable[[], Call]] = {
 }  # fmt: skip
 
 
+# --- AdamW in Triton, which stands in where csrc/ is not built ---------------------------------------------------------
+
+
+def in_triton(make: Callable[[], Call]) -> Call:
+    call = make()
+
+    def forced() -> None:
+        with kernels.backend("triton"):
+            call()
+
+    return forced
+
+
+ADAMW: dict[str, Callable[[], Call]] = {
+    "AdamW in Triton": lambda: in_triton(optimizer),
+    "AdamW in Triton, everything": lambda: in_triton(
+        lambda: optimizer(max_grad_norm=1.0, ema_decay=0.9, amsgrad=True, zero_grad=True)
+    ),
+    "AdamW in Triton, bfloat16": lambda: in_triton(lambda: optimizer(dtype=BF16, stochastic_rounding=True)),
+    "AdamW in Triton, master weights": lambda: in_triton(lambda: optimizer(dtype=BF16, master_weights=True)),
+    "AdamW in Triton, scaled": lambda: in_triton(scaled_step),
+    "Adam in Triton": lambda: in_triton(adam),
+}
+
 # --- csrc: its operators compute on the CPU, and no kernel of Triton is launched -----------------------------------------
 
 
@@ -362,7 +386,7 @@ EXTENSION: dict[str, Callable[[], Call]] = {
     "sample tensors": lambda: tokens(temperature=torch.ones(4, device="cuda"), top_p=torch.full((4,), 0.9, device="cuda")),
 }
 
-CASES = ATTENTION | OTHERS | EXTENSION
+CASES = ATTENTION | OTHERS | ADAMW | EXTENSION
 
 # --- whole models -----------------------------------------------------------------------------------------------------
 

@@ -38,10 +38,10 @@ FULL: dict[str, dict[int, str]] = {
         120: "(bfloat16|float32) 256 causal",
     },
     "attention_features": {80: "bfloat16 128 (everything|packed)", 86: "bfloat16 128 packed"},
-    **{op: {89: CHECKED[op][86]} for op in ("norm", "linear_cross_entropy", "activation", "rotary")},
+    **{op: {89: CHECKED[op][86]} for op in ("norm", "linear_cross_entropy", "activation", "rotary", "optimizer")},
 }
 # Without matrix units: what limits them is how fast memory is read.
-MEMORY_BOUND = ("norm", "activation", "rotary")
+MEMORY_BOUND = ("norm", "activation", "rotary", "optimizer")
 
 
 @pytest.fixture(scope="module")

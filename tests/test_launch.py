@@ -89,7 +89,7 @@ def test_a_model_waits_for_nothing(name, h100):
     assert not fake_gpu.broken_limits(found.launches, 90)
 
 
-@pytest.mark.parametrize("name", cases.ATTENTION | cases.OTHERS)
+@pytest.mark.parametrize("name", cases.ATTENTION | cases.OTHERS | cases.ADAMW)
 def test_it_is_launched_where_its_tensors_are(name, h100):
     launches = h100(cases.run_elsewhere, name).launches
     assert launches

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import ctypes
 import functools
+import importlib
 import io
 import math
 import pickle
@@ -26,8 +27,8 @@ from wikigpt import kernels
 SHAPES = [(29, 701), (17, 33), (5,), (1,), (0,), ()]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BACKENDS = [
-    ("cpu", "cpu"), ("cpu", "torch"), ("cpu", "foreach"), ("cpu", "reference"),
-    *(pytest.param(("cuda", name), marks=pytest.mark.gpu) for name in ("cuda", "torch", "reference")),
+    ("cpu", "cpu"), ("cpu", "torch"), ("cpu", "foreach"), ("cpu", "triton"), ("cpu", "reference"),
+    *(pytest.param(("cuda", name), marks=pytest.mark.gpu) for name in ("cuda", "triton", "torch", "reference")),
 ]  # fmt: skip
 
 
@@ -38,6 +39,8 @@ def device(request, monkeypatch):
     if name == "foreach":
         monkeypatch.setattr(optimizer, "_step_fused", optimizer._step_foreach)
         name = "torch"
+    if (device_type, name) == ("cpu", "triton"):  # interpreted, so that fewer programs take less time
+        monkeypatch.setattr(importlib.import_module("wikigpt.kernels.optimizer_triton"), "BLOCK", 8192)
     reason = next(reason for backend, reason in explain("adamw", device_type) if backend == name)
     if reason is not None:
         pytest.skip(reason)
@@ -843,7 +846,7 @@ def test_registered_operators_keep_their_promises(own):
     [{"max_grad_norm": 0.5, "ema_decay": 0.9}, {"dtype": torch.bfloat16, "stochastic_rounding": True, "zero_grad": True}],
     ids=str,
 )
-@pytest.mark.parametrize("device", [("cuda", "cuda"), ("cuda", "torch")], ids="-".join, indirect=True)
+@pytest.mark.parametrize("device", [("cuda", "cuda"), ("cuda", "triton"), ("cuda", "torch")], ids="-".join, indirect=True)
 def test_a_cuda_graph_holds_the_step(device, options):
     options = dict(options)
     dtype = options.pop("dtype", torch.float32)
@@ -876,7 +879,7 @@ def test_a_cuda_graph_holds_the_step(device, options):
     [{"ema_decay": 0.9}, {"amsgrad": True, "lr": "tensor"}, {"dtype": torch.bfloat16, "stochastic_rounding": True}],
     ids=str,
 )
-@pytest.mark.parametrize("device", [("cuda", "cuda"), ("cuda", "torch")], ids="-".join, indirect=True)
+@pytest.mark.parametrize("device", [("cuda", "cuda"), ("cuda", "triton"), ("cuda", "torch")], ids="-".join, indirect=True)
 def test_a_step_does_not_wait_for_the_gpu(device, options):
     options = dict(options)
     params = make_params(options.pop("dtype", torch.float32), device)
