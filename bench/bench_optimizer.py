@@ -51,15 +51,14 @@ def ours(params: list[Tensor]) -> Callable[[], Any]:
     return FusedAdamW(params, **OPTIONS, max_grad_norm=CLIP).step
 
 
-def ours_without_csrc(params: list[Tensor]) -> Callable[[], Any]:
-    """PyTorch's operators, which stand in where the extension is not built."""
+def ours_by(backend: str, params: list[Tensor]) -> Callable[[], Any]:
     step = ours(params)
 
-    def with_operators() -> None:
-        with kernels.backend("torch"):
+    def forced() -> None:
+        with kernels.backend(backend):
             step()
 
-    return with_operators
+    return forced
 
 
 def of_torch(params: list[Tensor], fused: bool | None = None, foreach: bool | None = None) -> Callable[[], Any]:
@@ -74,7 +73,8 @@ def of_torch(params: list[Tensor], fused: bool | None = None, foreach: bool | No
 
 PEERS = {
     "ours": plain(ours),
-    "ours without csrc": plain(ours_without_csrc),
+    "ours, Triton": plain(functools.partial(ours_by, "triton"), device="cuda"),
+    "ours, torch operators": plain(functools.partial(ours_by, "torch")),
     "torch fused": plain(functools.partial(of_torch, fused=True)),
     "torch foreach": plain(functools.partial(of_torch, foreach=True)),
     "torch for-loop": plain(functools.partial(of_torch, foreach=False)),

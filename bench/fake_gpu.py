@@ -332,6 +332,17 @@ class _Uncompiled:
     def launch_metadata(self, *_: Any) -> None:
         return None
 
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        """Triton's way to launch once more what a launch has given back."""
+
+        def launch(*arguments: Any) -> None:
+            from triton.runtime.driver import driver
+
+            stream = driver.active.get_current_stream(driver.active.get_current_device())
+            self.run(*grid, stream, self.function, self.packed_metadata, None, None, None, *arguments)
+
+        return launch
+
     def run(self, x: int, y: int, z: int, stream: int, *others: Any) -> None:
         # The function, its metadata, those of the launch and two hooks stand before the kernel's arguments.
         arguments = {name: _address(value) for name, value in zip(self.names, others[5:])}

@@ -334,8 +334,10 @@ def needs_extension(draw: Draw, operator: str) -> None:
     assert reason is None, reason
 
 
-def _optimizer(text: str, dtype: torch.dtype, **options: Any) -> Case:
-    """Five steps of tensors of many sizes; the truth is torch.optim.AdamW in float64, clipping by PyTorch's function."""
+def _optimizer(text: str, dtype: torch.dtype, triton: bool = False, **options: Any) -> Case:
+    """Five steps of tensors of many sizes; the truth is torch.optim.AdamW in float64, clipping by PyTorch's function.
+
+    triton: by the kernel that stands in where csrc/ is not built; on a CPU by what is there."""
     common: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
     def evaluate(draw: Draw) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -354,9 +356,11 @@ def _optimizer(text: str, dtype: torch.dtype, **options: Any) -> Case:
                 optimizer.step()
             return [p.detach() for p in params]
 
-        needs_extension(draw, "adamw_")
+        if not triton:
+            needs_extension(draw, "adamw_")
         clip = options.get("max_grad_norm")
-        ours = run(lambda p: FusedAdamW(p, **common, **options), None, dtype)
+        with kernels.backend("triton" if triton and draw.device != "cpu" else "auto"):
+            ours = run(lambda p: FusedAdamW(p, **common, **options), None, dtype)
         with kernels.backend("reference"):
             plain = run(lambda p: FusedAdamW(p, **common, **options), None, dtype)
         truth = run(lambda p: torch.optim.AdamW(p, **common, foreach=False), clip, F64)
@@ -495,6 +499,10 @@ CASES: dict[str, list[Case]] = {
         _optimizer("clipped", F32, max_grad_norm=1.0),
         _optimizer("clipped, moving average", F32, max_grad_norm=1.0, ema_decay=0.9),
         _optimizer("master weights", BF16, master_weights=True),
+        _optimizer("in Triton", F32, triton=True),
+        _optimizer("in Triton, clipped, moving average, amsgrad", F32, True, max_grad_norm=1.0, ema_decay=0.9, amsgrad=True),
+        _optimizer("in Triton, master weights", BF16, True, master_weights=True),
+        _optimizer("in Triton, stochastic rounding", BF16, True, stochastic_rounding=True),
     ],
     "sampling": [
         _sampling(100_000, 100),

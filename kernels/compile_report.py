@@ -437,12 +437,10 @@ def _optimizer_case(dtype: torch.dtype, numel: int, everything: bool = False, **
 
         master = given.get("master", False)
         state = torch.float32 if master else dtype
-        numbers = dict.fromkeys(("beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "l2"), 0.5)
-        numbers |= {"ema_decay": 0.5, "one_minus_ema_decay": 0.5, "seed": 0, "UNSCALE": False, "ZERO_GRAD": everything}
+        numbers = (0, *[0.5] * 8, False, everything, given.get("stochastic", False))
         kernels.update(
             lists(True, dtype), lists(True, dtype), lists(True, state), lists(True, state), lists(everything, state),
-            lists(master, state), lists(everything, torch.float32), [0], _meta(len(kernels.TABLE), 1),
-            numbers | {"STOCHASTIC": given.get("stochastic", False)},
+            lists(master, state), lists(everything, torch.float32), [0], _meta(len(kernels.TABLE), 1), numbers,
         )  # fmt: skip
 
     return launch

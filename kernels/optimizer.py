@@ -6,6 +6,8 @@ torch.nn.utils.clip_grad_norm_. csrc/optimizer.h has the formulas, the reference
 
     grad_norm  one number on the device: the norm of all gradients, added up in a fixed order
     adamw      reads every gradient, parameter and moment once and writes parameters and moments once
+
+Ours are in csrc/; optimizer_triton.py stands in where that is not built for the GPU, PyTorch's operators where nothing else is.
 """
 
 from __future__ import annotations
@@ -390,11 +392,10 @@ def _adamw_triton(u: Update) -> None:
         for values, name in zip(table, kernel.TABLE):
             if row[name] is not None:
                 values.copy_(row[name]) if isinstance(row[name], Tensor) else values.fill_(row[name])
-        numbers = {
-            "seed": u.seed & MASK, "beta1": beta1, "one_minus_beta1": 1 - beta1, "beta2": beta2, "one_minus_beta2": 1 - beta2,
-            "eps": eps, "l2": 0.0 if u.decoupled else decay, "ema_decay": u.ema_decay, "one_minus_ema_decay": 1 - u.ema_decay,
-            "UNSCALE": u.grad_scale is not None, "ZERO_GRAD": u.zero_grad, "STOCHASTIC": u.stochastic,
-        }  # fmt: skip
+        numbers = (
+            u.seed & MASK, beta1, 1 - beta1, beta2, 1 - beta2, eps, 0.0 if u.decoupled else decay, u.ema_decay, 1 - u.ema_decay,
+            u.grad_scale is not None, u.zero_grad, u.stochastic,
+        )  # fmt: skip
         kernel.update(*(values[part] for values in lists), table, numbers)
 
 

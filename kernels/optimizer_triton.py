@@ -7,6 +7,8 @@ CUDA C++ can pass a table of pointers in the launch itself.
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
 import triton
@@ -49,7 +51,7 @@ def _larger(a, b):
     return tl.where((a > b) | (a != a), a, b)
 
 
-@triton.jit(do_not_specialize=["column", "columns", "seed", "index"])
+@triton.jit(do_not_specialize=["column", "columns", "index", "seed"])
 def _adamw(
     Param,
     Grad,
@@ -62,8 +64,8 @@ def _adamw(
     column,
     columns,
     numel,
-    seed,
     index,
+    seed,
     beta1,
     one_minus_beta1,
     beta2,
@@ -145,17 +147,25 @@ def update(
     emas: list[Tensor],
     indices: list[int],
     table: Tensor,
-    numbers: dict[str, Any],
+    numbers: tuple[Any, ...],
 ) -> None:
-    """One launch for each parameter. table: float32, a row for each of TABLE, a column for each parameter; numbers: the other
-    arguments of the kernel."""
-    columns = len(params)
+    """One launch for each parameter. table: float32, a row for each of TABLE, a column for each parameter. numbers: what the
+    kernel takes from seed to STOCHASTIC."""
+    columns, nothing = len(params), [None] * len(params)
+    lists: Any = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs or nothing, masters or nothing, emas or nothing)
+    kernel: Any = None
     with device_of(table):
-        for i, param in enumerate(params):
-            numel = param.numel()
-            if numel:
-                _adamw[grid_x(cdiv(numel, BLOCK))](
-                    param, grads[i], exp_avgs[i], exp_avg_sqs[i], max_exp_avg_sqs[i] if max_exp_avg_sqs else None,
-                    masters[i] if masters else None, emas[i] if emas else None, table, i, columns, numel, index=indices[i],
-                    **numbers, ROWS=BLOCK // 8, num_warps=4,
-                )  # fmt: skip
+        for i, tensors in enumerate(zip(*lists)):
+            numel = tensors[0].numel()
+            if numel == 0:
+                continue
+            grid = grid_x(cdiv(numel, BLOCK))
+            arguments = (*tensors, table, i, columns, numel, indices[i], *numbers, BLOCK // 8)
+            # Triton takes 40 us to find the kernel for its arguments. These are all that it compiles anew for.
+            addresses = functools.reduce(operator.or_, (tensor.data_ptr() for tensor in tensors if tensor is not None))
+            regular = addresses % 16 == 0 and numel % 16 == 0 and numel < 2**31
+            if regular and kernel is not None:
+                kernel[(*grid, 1, 1)](*arguments)
+            else:
+                launched = _adamw[grid](*arguments, num_warps=4)
+                kernel = launched if regular else kernel

@@ -335,7 +335,7 @@ ADAMW: dict[str, Callable[[], Call]] = {
 
 
 def optimizer(dtype: torch.dtype = torch.float32, **options: Any) -> Call:
-    params = [torch.nn.Parameter(torch.zeros(n, device="cuda", dtype=dtype)) for n in (5, 64)]
+    params = [torch.nn.Parameter(torch.zeros(n, device="cuda", dtype=dtype)) for n in (5, 64, 1, 80)]
     for p in params:
         p.grad = torch.ones_like(p)
     steps = kernels.FusedAdamW(params, **options)
