@@ -10,7 +10,7 @@ import contextlib
 import functools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -573,6 +573,27 @@ def run(name: str) -> Found:
     with recorder.strictly():
         backward(call())
     return _found()
+
+
+def adamw_in_triton(sizes: Sequence[int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(what the launches of one step were given, what they are to be given) for parameters of these sizes, not of 0."""
+    recorder = _recorder()
+    params = [torch.nn.Parameter(torch.zeros(n, device="cuda")) for n in sizes]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    steps = kernels.FusedAdamW(params, ema_decay=0.9)
+    recorder.clear()
+    with kernels.backend("triton"):
+        steps.step()
+    state = {name: [steps.state[p][key] for p in params] for name, key in (("ExpAvg", "exp_avg"), ("Ema", "ema"))}
+    lists: dict[str, list[Tensor]] = {"Param": list(params), "Grad": [p.grad for p in params if p.grad is not None], **state}
+    expected = [
+        {name: tensors[i].data_ptr() for name, tensors in lists.items()} | {"numel": n, "column": i, "index": i}
+        for i, n in enumerate(sizes)
+        if n
+    ]
+    given = [{name: launch.arguments.get(name, 1) for name in expected[0]} for launch in recorder.launches]  # 1 is compiled in
+    return given, expected
 
 
 def run_elsewhere(name: str) -> Found:

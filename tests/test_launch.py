@@ -96,6 +96,12 @@ def test_it_is_launched_where_its_tensors_are(name, h100):
     assert {launch.device for launch in launches} == {1}, "0 is the current device, the tensors are on 1"
 
 
+def test_a_kernel_that_is_launched_again_gets_arguments_of_its_own(h100):
+    """AdamW looks for its kernel once a step. Sizes that Triton compiles anew for stand between those that it does not."""
+    given, expected = h100(cases.adamw_in_triton, (64, 80, 5, 0, 4096, 1, 80, 33, 160))
+    assert given == expected
+
+
 @pytest.mark.parametrize("name", cases.EXTREMES)
 def test_extreme_shapes_are_launched_within_the_limits(name, h100):
     found = h100(cases.run_extreme, name)
