@@ -21,6 +21,7 @@ RECORDER = fake_gpu.install_if_asked()
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
+from wikigpt.kernels import backend  # noqa: E402
 from wikigpt.kernels import linear_cross_entropy as loss_of_a_layer  # noqa: E402
 from wikigpt.kernels.attention import pytorch as pytorch_names  # noqa: E402
 
@@ -314,7 +315,7 @@ def in_triton(make: Callable[[], Call]) -> Call:
     call = make()
 
     def forced() -> None:
-        with kernels.backend("triton"):
+        with backend("triton"):
             call()
 
     return forced
@@ -583,7 +584,7 @@ def adamw_in_triton(sizes: Sequence[int]) -> tuple[list[dict[str, Any]], list[di
         p.grad = torch.ones_like(p)
     steps = kernels.FusedAdamW(params, ema_decay=0.9)
     recorder.clear()
-    with kernels.backend("triton"):
+    with backend("triton"):
         steps.step()
     state = {name: [steps.state[p][key] for p in params] for name, key in (("ExpAvg", "exp_avg"), ("Ema", "ema"))}
     lists: dict[str, list[Tensor]] = {"Param": list(params), "Grad": [p.grad for p in params if p.grad is not None], **state}
