@@ -95,11 +95,13 @@ class Update(NamedTuple):
             begin += count
 
     def factor(self) -> Tensor | None:
-        """What gradients are multiplied by, on the device; None: nothing."""
-        factor = None if self.norm is None else (self.max_norm / (self.norm + 1e-6)).clamp(max=1.0)
-        if self.grad_scale is None:
-            return factor
-        return 1 / self.grad_scale if factor is None else factor / self.grad_scale
+        """What gradients are multiplied by, on the device, in float64 where that has it; None: nothing."""
+        factor: Any = None
+        if self.norm is not None:
+            factor = (self.max_norm / (self.norm.to(_sum_dtype(self.norm.device)) + 1e-6)).clamp(max=1.0)
+        if self.grad_scale is not None:
+            factor = (1 if factor is None else factor) / self.grad_scale.to(_sum_dtype(self.grad_scale.device))
+        return factor
 
 
 # --- reference ------------------------------------------------------------------------------------------------------
@@ -225,13 +227,13 @@ def _adamw_torch(u: Update) -> None:
     for ema, w in zip(u.emas, u.masters or u.params):
         weight: Any = 1 - u.ema_decay
         if u.found_inf is not None:
-            weight = (weight * (u.found_inf == 0)).to(ema.dtype).reshape(())
+            weight = (u.found_inf == 0).to(ema.dtype) * weight  # a bool times a number would be of the default dtype
         ema.lerp_(w.to(ema.dtype), weight)
     if u.zero_grad:
         torch._foreach_zero_(u.grads)
     elif u.grad_scale is not None and not unscaled:
         divisor = u.grad_scale if u.found_inf is None else u.grad_scale.where(u.found_inf == 0, 1)
-        torch._foreach_div_(u.grads, divisor.reshape(()))
+        torch._foreach_div_(u.grads, divisor)
 
 
 def _step_fused(u: Update) -> bool:
@@ -263,7 +265,7 @@ def _step_fused(u: Update) -> bool:
             amsgrad=bool(u.max_exp_avg_sqs), maximize=bool(maximize), grad_scale=scale, found_inf=u.found_inf,
         )  # fmt: skip
     if u.found_inf is not None:
-        torch._foreach_sub_(u.steps, [u.found_inf.reshape(())] * len(u.steps))
+        torch._foreach_sub_(u.steps, [u.found_inf] * len(u.steps))
     if u.stochastic:
         changed = None if u.found_inf is None else u.found_inf == 0
         _store_stochastically(u, lists[0], lists[2], lists[3], changed)
@@ -301,7 +303,7 @@ def _foreach_of_some(
     w, m, v, largest = wide = (u.masters or _widened(u.params), *map(_widened, stored[1:]))
     dtype = g[0].dtype
     if factor is not None:
-        g = torch._foreach_mul(g, factor.to(dtype).reshape(()))
+        g = torch._foreach_mul(g, factor.to(dtype))
     if maximize:
         g = torch._foreach_neg(g)
     if decay and not u.decoupled:
@@ -331,7 +333,7 @@ def _foreach_of_some(
                 torch._foreach_copy_(to, values)
     if u.found_inf is not None:
         for tensor, old in zip(written, before):
-            torch.where(u.found_inf.reshape(()) == 0, tensor, old, out=tensor)
+            torch.where(u.found_inf == 0, tensor, old, out=tensor)
 
 
 def _widened(tensors: list[Tensor]) -> list[Tensor]:
@@ -375,7 +377,7 @@ def _adamw_triton(u: Update) -> None:
     if u.params[0].dtype == torch.float64:  # numbers of a launch are float32
         return _adamw_torch(u)
     kernel = imported(".optimizer_triton", __package__)
-    factor, live = u.factor(), None if u.found_inf is None else (u.found_inf == 0).float().reshape(())
+    factor, live = u.factor(), None if u.found_inf is None else (u.found_inf == 0).float()
     torch._foreach_add_(u.steps, 1 if live is None else live)
     lists = (u.params, u.grads, u.exp_avgs, u.exp_avg_sqs, u.max_exp_avg_sqs, u.masters, u.emas, u.indices)
     for part, lr, (beta1, beta2, eps, decay, maximize) in u.groups():
@@ -383,7 +385,7 @@ def _adamw_triton(u: Update) -> None:
             continue
         lr, t, step_size, root = _rates(u.steps[part], lr, beta1, beta2)
         row: dict[str, Any] = {
-            "factor": 1.0 if factor is None else factor.reshape(()), "step_size": step_size, "root": root,
+            "factor": 1.0 if factor is None else factor, "step_size": step_size, "root": root,
             "decay": lr * decay if u.decoupled else 0.0, "step": t, "grad_scale": u.grad_scale, "live": live,
         }  # fmt: skip
         if maximize:
@@ -518,7 +520,7 @@ def _on_device(lr: Any) -> bool:
 
 
 def _one_float(x: Any, device: torch.device) -> Tensor | None:
-    return None if x is None else torch.as_tensor(x, dtype=torch.float32, device=device)
+    return None if x is None else torch.as_tensor(x, dtype=torch.float32, device=device).reshape(())
 
 
 def _plain_norm(function: Callable[..., Tensor], grads: list[Tensor], *rest: Any) -> Tensor:

@@ -579,6 +579,28 @@ def test_a_scaled_step_of_the_emulated_cuda_kernels_leaves_them_too(emulated, mo
     assert_leaves_what_torch_leaves(kind)
 
 
+@pytest.mark.parametrize("clip", [None, 0.5], ids=["", "clip"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", [(), (1,)], ids=["", "1"])
+def test_a_scale_of_any_size_costs_no_digits(device, dtype, clip, shape):
+    """No power of two, nor is a third a number of float32: what is unscaled has the digits of its own dtype, averages too."""
+    mine, plain = make_params(dtype, device), make_params(dtype)
+    a = FusedAdamW(mine, lr=1e-2, max_grad_norm=clip, ema_decay=0.7)
+    b = torch.optim.AdamW(plain, lr=1e-2)
+    a.grad_scale = torch.full(shape, 3.0, device=device)
+    a.found_inf = torch.zeros(shape, device=device)
+    expected = values(plain)
+    for step in range(3):
+        run(a, mine, 1, first=step, scale=3.0)
+        run(b, plain, 1, first=step, clip=clip)
+        expected = 0.7 * expected + 0.3 * values(plain)
+    tiny = 1e-11 if dtype == torch.float64 else 2e-6
+    torch.testing.assert_close(values(mine), values(plain), rtol=tiny, atol=tiny)
+    torch.testing.assert_close(state_of(a, mine, "ema"), expected, rtol=tiny, atol=tiny)
+    if clip is not None:
+        assert a.grad_norm.shape == ()
+
+
 def test_a_scaled_step_leaves_them_in_any_layout(device):
     mine, plain = make_params(device=device, shapes=TRANSPOSED), make_params(shapes=TRANSPOSED)
     ours = gradients_after_scaled_steps(FusedAdamW(mine), mine, lambda x: x.t().contiguous().t())
