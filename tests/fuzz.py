@@ -62,6 +62,7 @@ class T:
         device = device or self.device
         dtype = self.torch_dtype
         if device == "meta":
+            dtype = torch.float64 if wide and dtype.is_floating_point else dtype
             return torch.empty(self.shape, dtype=dtype, device="meta").requires_grad_(self.grad and dtype.is_floating_point)
         rng = torch.Generator().manual_seed(self.seed)
         if self.values is not None:
