@@ -250,7 +250,8 @@ __device__ __forceinline__ void update_elements(
       w[j] = master.item[j];
     else
       w[j] = widen(param.item[j]);
-    const T g = c.grad * widen(grad.item[j]) + c.l2 * w[j];
+    T g = c.grad * widen(grad.item[j]);
+    if (c.l2 != T(0)) g += c.l2 * w[j];  // 0 times a parameter of -inf would be NaN
     m[j] = c.first(widen(exp_avg.item[j]), g);
     v[j] = c.second.of_square(widen(exp_avg_sq.item[j]), g);
     T u = v[j];
@@ -258,7 +259,7 @@ __device__ __forceinline__ void update_elements(
       const T before = widen(largest.item[j]);
       u = u > before || u != u ? u : before;
     }
-    w[j] -= c.step_size * (m[j] / (square_root(u) * c.denominator + c.eps)) + c.decay * w[j];
+    w[j] = stepped(w[j], c.step_size * (m[j] / (square_root(u) * c.denominator + c.eps)) + c.decay * w[j]);
   }
   if constexpr (kStochastic) {
     round_all<V>(w, param.item, o, step, e.index, kParam, at);
@@ -300,8 +301,9 @@ __device__ __forceinline__ void update_elements(
   }
 }
 
+// With 4-byte moments 64 registers do, which are 4 blocks a multiprocessor.
 template <bool kStochastic, typename P, typename S, typename T>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 4 : 2)
     update_kernel(const __grid_constant__ Table table, const __grid_constant__ Options o, unsigned int* ticket) {
   constexpr int V = 16 / sizeof(S);
   const bool skip = o.found_inf != nullptr && *o.found_inf != 0;

@@ -68,6 +68,12 @@ struct Average {
   }
 };
 
+// A parameter of -inf stays one, as in torch.optim, where decay would make it NaN.
+template <typename T>
+WIKIGPT_SHARED T stepped(T w, T change) {
+  return w < -kLargest<T> || w > kLargest<T> ? w : w - change;
+}
+
 // The numbers of a step for one parameter, rounded once from float64.
 template <typename T>
 struct Coefficients {

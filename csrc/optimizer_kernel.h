@@ -117,7 +117,7 @@ inline void update_block(
     T* __restrict max_exp_avg_sq, int64_t n, const Coefficients<T>& coefficients) {
   const Coefficients<T> c = coefficients;
   for (int64_t i = 0; i < n; ++i) {
-    const T w = param[i], g = c.grad * grad[i] + c.l2 * w;
+    const T w = param[i], g = c.grad * grad[i] + (c.l2 != T(0) ? c.l2 * w : T(0));
     const T m = c.first(exp_avg[i], g), v = c.second.of_square(exp_avg_sq[i], g);
     exp_avg[i] = m;
     exp_avg_sq[i] = v;
@@ -127,7 +127,7 @@ inline void update_block(
       u = v > before || v != v ? v : before;
       max_exp_avg_sq[i] = u;
     }
-    param[i] = w - (c.step_size * (m / (std::sqrt(u) * c.denominator + c.eps)) + c.decay * w);
+    param[i] = stepped(w, c.step_size * (m / (std::sqrt(u) * c.denominator + c.eps)) + c.decay * w);
   }
 }
 

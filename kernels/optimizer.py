@@ -16,6 +16,7 @@ import contextlib
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -104,6 +105,20 @@ class Update(NamedTuple):
         return factor
 
 
+def _check_alike(u: Update) -> None:
+    """ValueError where tensors of one parameter have several shapes, or those of a list several dtypes, which kernels would
+    take for memory that is there. The operators of csrc/ look for themselves."""
+    for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "masters", "emas"):
+        tensors = getattr(u, name)
+        dtype = u.params[0].dtype if name == "grads" else tensors[0].dtype if tensors else None
+        for i, (tensor, p) in enumerate(zip(tensors, u.params)):
+            if tensor.shape != p.shape or tensor.dtype is not dtype:
+                raise ValueError(
+                    f"params: number {u.indices[i]} is of shape {tuple(p.shape)}, in {name} it has {tuple(tensor.shape)}, "
+                    f"{tensor.dtype}; allowed are that shape and {dtype}"
+                )
+
+
 # --- reference ------------------------------------------------------------------------------------------------------
 
 
@@ -135,8 +150,8 @@ def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
 
 def grad_norm_reference(grads: Sequence[Tensor], grad_scale: Tensor | None = None, ticket: Tensor | None = None) -> Tensor:
     """The norm of all gradients as one vector, divided by grad_scale; float32, or float64 where a gradient is."""
-    total = torch.stack([grad.to(_sum_dtype(grad.device)).square().sum() for grad in grads]).sum().sqrt().to(_norm_dtype(grads))
-    return total if grad_scale is None else total / grad_scale
+    total = torch.stack([grad.to(_sum_dtype(grad.device)).square().sum() for grad in grads]).sum().sqrt()
+    return (total if grad_scale is None else total / grad_scale).to(_norm_dtype(grads))
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:
@@ -149,6 +164,7 @@ def _norm_dtype(grads: Sequence[Tensor]) -> torch.dtype:
 
 
 def adamw_reference(u: Update) -> None:
+    _check_alike(u)
     factor = u.factor()
     if u.found_inf is None or not u.found_inf:
         for part, lr, hyper in u.groups():
@@ -179,7 +195,7 @@ def _adamw_of_one(
     largest = torch.maximum(_wide(u.max_exp_avg_sqs[i]), v) if u.max_exp_avg_sqs else v
     change = lr / (1 - beta1**step) * (m / (largest.sqrt() / math.sqrt(1 - beta2**step) + eps))
     if decay and u.decoupled:
-        change = change + lr * decay * w
+        change = change + lr * decay * w.where(w.isfinite(), 0)  # a parameter of -inf stays one, as in torch
     w = w - change.to(w.dtype)
 
     def store(to: Tensor, value: Tensor, stream: int) -> None:
@@ -213,12 +229,12 @@ def _grad_norm_torch(grads: Sequence[Tensor], grad_scale: Tensor | None = None, 
             total = norm(torch.float64)
     else:
         total = norm(_sum_dtype(grads[0].device))
-    total = total.to(_norm_dtype(grads))
-    return total if grad_scale is None else total / grad_scale
+    return (total if grad_scale is None else total / grad_scale).to(_norm_dtype(grads))
 
 
 def _adamw_torch(u: Update) -> None:
     """torch._fused_adamw_ and _fused_adam_ on the CPU, torch._foreach operators elsewhere, with other passes around them."""
+    _check_alike(u)
     if u.params[0].device.type == "cpu":
         unscaled = _step_fused(u)
     else:
@@ -376,6 +392,7 @@ def _store_stochastically(u: Update, w: list[Tensor], m: list[Tensor], v: list[T
 def _adamw_triton(u: Update) -> None:
     if u.params[0].dtype == torch.float64:  # numbers of a launch are float32
         return _adamw_torch(u)
+    _check_alike(u)
     kernel = imported(".optimizer_triton", __package__)
     factor, live = u.factor(), None if u.found_inf is None else (u.found_inf == 0).float()
     torch._foreach_add_(u.steps, 1 if live is None else live)
@@ -461,7 +478,7 @@ class _Plan:
         self.params, self.present = params, present
         self.changed = [p for p, here in zip(params, present) if here]
         self.lists = [(group["params"], len(group["params"])) for group in optimizer.param_groups]
-        self.state = optimizer.state
+        self.state: Any = optimizer.state
         self.flags = _flags(optimizer)
         self.distributed = any(hasattr(p, "to_local") for p in params)
         buckets: dict[Any, _Bucket] = {}
@@ -489,6 +506,7 @@ class _Plan:
             wanted = {"max_exp_avg_sq": b.amsgrad, "master": b.master, "ema": averaged}
             b.keys = ("step", "exp_avg", "exp_avg_sq", *(key for key, keep in wanted.items() if keep))
         self.entries = len(optimizer.state)
+        self.states = [optimizer.state[p] for p in self.changed]
         self.strides = [torch.empty_like(_local(p), device="meta").stride() for p in params]
 
     def holds(self, optimizer: FusedAdam) -> bool:
@@ -499,6 +517,8 @@ class _Plan:
             and len(self.lists) == len(groups)
             and all(g["params"] is params and len(params) == n for g, (params, n) in zip(groups, self.lists))
             and self.flags == _flags(optimizer)
+            and all(self.states)
+            and all(map(operator.is_, map(self.state.get, self.changed), self.states))
         )
 
 
@@ -506,6 +526,8 @@ def _flags(optimizer: FusedAdam) -> list[Any]:
     """What a plan depends on beside the parameters: everything may be changed between steps."""
     return [
         optimizer.ema_decay is None,
+        optimizer.master_weights,
+        optimizer.stochastic_rounding,
         *((_on_device(g["lr"]), g["amsgrad"], g["decoupled_weight_decay"]) for g in optimizer.param_groups),
     ]
 
@@ -556,7 +578,7 @@ def _in_layout(
         raise ValueError(f"params: number {i} is {p.dtype}, its gradient {grad.dtype}; allowed is one dtype")
 
     def copied(what: str, x: Tensor, returns: bool) -> Tensor:
-        if x.stride() == strides:
+        if x.stride() == strides and not x.is_neg():
             return x
         if returns:
             check_writable(f"params: {what} {i}", x)
@@ -723,7 +745,7 @@ class FusedAdam(torch.optim.Adam):
             self.state[p].pop(key, None)
         for key, value in saved.items():
             if key in dtypes and key not in dropped:
-                value = value if isinstance(value, Tensor) else torch.tensor(float(value))
+                value = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float32)
                 self.state[p][key] = value.to(device=p.device, dtype=dtypes[key])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -819,7 +841,10 @@ class FusedAdam(torch.optim.Adam):
         back: list[tuple[Tensor, Tensor]] = []  # (tensor, the copy of another layout in its place)
         for i, (p, grad, strides) in enumerate(zip(params, grads, plan.strides)):
             if grad is not None and not (
-                grad.layout is torch.strided and grad.dtype is p.dtype and grad.stride() == strides == p.stride()
+                grad.layout is torch.strided
+                and grad.dtype is p.dtype
+                and grad.stride() == strides == p.stride()
+                and not grad.is_neg()
             ):
                 params[i], grads[i] = _in_layout(i, p, grad, strides, back, writes_grads)
         norm = None

@@ -95,14 +95,15 @@ def _adamw(
     m = tl.load(ExpAvg + at, mask=changes, other=0.0).to(tl.float32)
     v = tl.load(ExpAvgSq + at, mask=changes, other=0.0).to(tl.float32)
 
-    g = factor * raw + l2 * w
+    finite = tl.where(tl.abs(w) < float("inf"), w, 0.0)  # a parameter of -inf stays one, as in torch
+    g = factor * raw + l2 * finite
     m = beta1 * m + one_minus_beta1 * g
     v = beta2 * v + (one_minus_beta2 * g) * g  # in this order: g * g alone leaves float32 above 1.8e19
     largest = v
     if MaxExpAvgSq is not None:
         before = tl.load(MaxExpAvgSq + at, mask=changes, other=0.0).to(tl.float32)
         largest = _larger(v, before)
-    w -= step_size * tl.div_rn(m, tl.sqrt_rn(largest) * root + eps) + decay * w
+    w -= step_size * tl.div_rn(m, tl.sqrt_rn(largest) * root + eps) + decay * finite
 
     param = _rounded(w, row, seed, step, index, 0, STOCHASTIC, Param.dtype.element_ty)
     exp_avg = _rounded(m, row, seed, step, index, 1, STOCHASTIC, ExpAvg.dtype.element_ty)

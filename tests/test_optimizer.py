@@ -1236,6 +1236,119 @@ def test_mixed_devices_are_refused_without_a_gpu_too():
         o.step()
 
 
+def grow(o, params):
+    params[1].data = torch.cat((params[1].detach(), params[1].detach()))
+    params[1].grad = torch.ones_like(params[1])
+
+
+def short_gradient(o, params):
+    params[1].data = torch.cat((params[1].detach(), params[1].detach()))  # the gradient stays as it was
+
+
+def narrow_parameter(o, params):
+    params[1].data = params[1].detach().bfloat16()
+    params[1].grad = None
+    params[1].grad = torch.ones_like(params[1])
+
+
+def narrow_moment(o, params):
+    o.state[params[1]]["exp_avg"] = o.state[params[1]]["exp_avg"].bfloat16()
+
+
+def load_fewer_rows(o, params):
+    saved = o.state_dict()
+    for state in saved["state"].values():
+        state["exp_avg"] = state["exp_avg"][:32].clone()
+    o.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("change", [grow, short_gradient, narrow_parameter, narrow_moment, load_fewer_rows])
+def test_tensors_that_no_longer_fit_their_parameter_are_refused(device, change):
+    """A kernel would read and write what is not theirs."""
+    params = make_params(device=device, shapes=[(64, 16), (64, 16)])
+    o = FusedAdamW(params)
+    run(o, params, 1)
+    set_grads(params, 1)
+    change(o, params)
+    with pytest.raises((ValueError, RuntimeError), match=r"shape|dtype"):
+        o.step()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_parameter_of_infinity_stays_one(device, dtype, weight_decay):
+    mine, plain = (torch.nn.Parameter(torch.tensor([-math.inf, 1.0, math.inf] * 11).to(d, dtype)) for d in (device, "cpu"))
+    a = FusedAdamW([mine], lr=0.1, weight_decay=weight_decay)
+    b = torch.optim.AdamW([plain], lr=0.1, weight_decay=weight_decay)
+    for grad in (0.0, 1.0, -2.0):
+        mine.grad, plain.grad = torch.full_like(mine, grad), torch.full_like(plain, grad)
+        a.step(), b.step()
+    torch.testing.assert_close(mine.detach().cpu(), plain.detach())
+    torch.testing.assert_close(a.state[mine]["exp_avg"].cpu(), b.state[plain]["exp_avg"])
+
+
+@pytest.mark.parametrize(
+    "reset", [lambda o, p: o.state.__setitem__(p, {}), lambda o, p: o.state[p].clear()], ids=["new", "clear"]
+)
+def test_a_state_that_was_reset_starts_anew(device, reset):
+    params = make_params(device=device, shapes=[(5,), (7,)])
+    o = FusedAdamW(params)
+    run(o, params, 3)
+    reset(o, params[0])
+    run(o, params, 1)
+    assert [float(o.state[p]["step"]) for p in params] == [1, 4]
+
+
+def test_the_norm_of_scaled_gradients_may_leave_float32(device):
+    p = torch.nn.Parameter(torch.ones(16, device=device))
+    p.grad = torch.full_like(p, 3e38)
+    o = FusedAdamW([p], max_grad_norm=1.0, lr=0.1, weight_decay=0.0)
+    o.grad_scale = torch.tensor(65536.0, device=device)
+    o.step()
+    assert float(o.grad_norm) == pytest.approx(4 * 3e38 / 65536, rel=1e-5)
+    torch.testing.assert_close(p.detach().cpu(), torch.full((16,), 0.9))
+
+
+def test_a_gradient_of_negative_bit_is_read_as_it_is(device):
+    p = torch.nn.Parameter(torch.tensor(0.0, device=device))
+    p.grad = torch.complex(torch.tensor(1.0), torch.tensor(2.0)).to(device).conj().imag
+    assert p.grad.is_neg()
+    o = FusedAdamW([p], lr=0.1, weight_decay=0.0)
+    o.step()
+    assert p.item() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16])
+def test_a_count_of_steps_that_is_a_number_keeps_its_digits(default):
+    params = make_params(shapes=[(3,)])
+    o = torch.optim.AdamW(params)
+    run(o, params, 1)
+    saved = o.state_dict()
+    saved["state"][0]["step"] = 100_001
+    mine = FusedAdamW(params)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(default)
+        mine.load_state_dict(saved)
+    finally:
+        torch.set_default_dtype(before)
+    assert float(mine.state[params[0]]["step"]) == 100_001
+
+
+@pytest.mark.parametrize("option", ["master_weights", "stochastic_rounding"])
+def test_options_may_be_switched_on_between_steps(device, option):
+    params = make_params(torch.bfloat16, device, [(40,)])
+    o = FusedAdamW(params, lr=1e-5)
+    run(o, params, 1)
+    setattr(o, option, True)
+    before = values(params)
+    run(o, params, 300 if option == "stochastic_rounding" else 1, first=1)
+    if option == "master_weights":
+        assert o.state[params[0]]["master"].dtype == torch.float32
+    else:  # steps too small for rounding to the nearest
+        assert not torch.equal(before, values(params))
+
+
 def test_a_direct_call_of_the_operator_stays_inside_its_memory(own):
     one, two = torch.ones(3, device=own), torch.ones(4, device=own)
     step, ticket = torch.zeros((), device=own), torch.zeros(1, dtype=torch.int32, device=own)
