@@ -1274,9 +1274,7 @@ def test_tensors_that_no_longer_fit_their_parameter_are_refused(device, change):
         o.step()
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_parameter_of_infinity_stays_one(device, dtype, weight_decay):
+def assert_infinity_stays(dtype, weight_decay, device="cpu"):
     mine, plain = (torch.nn.Parameter(torch.tensor([-math.inf, 1.0, math.inf] * 11).to(d, dtype)) for d in (device, "cpu"))
     a = FusedAdamW([mine], lr=0.1, weight_decay=weight_decay)
     b = torch.optim.AdamW([plain], lr=0.1, weight_decay=weight_decay)
@@ -1285,6 +1283,19 @@ def test_a_parameter_of_infinity_stays_one(device, dtype, weight_decay):
         a.step(), b.step()
     torch.testing.assert_close(mine.detach().cpu(), plain.detach())
     torch.testing.assert_close(a.state[mine]["exp_avg"].cpu(), b.state[plain]["exp_avg"])
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_parameter_of_infinity_stays_one(device, dtype, weight_decay):
+    assert_infinity_stays(dtype, weight_decay, device)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_parameter_of_infinity_stays_one_in_the_emulated_cuda_kernels(emulated, monkeypatch, dtype, weight_decay):
+    monkeypatch.setattr(optimizer, "choose", lambda op, device_type: {"adamw": emulated.adamw}[op])
+    assert_infinity_stays(dtype, weight_decay)
 
 
 @pytest.mark.parametrize(
