@@ -84,7 +84,7 @@ def wikitext(args: Arguments, name: str) -> dict[str, Any]:
 
     from wikigpt.config import resolve
     from wikigpt.data import prepare
-    from wikigpt.train import Trainer, processes, read_log
+    from wikigpt.train import TextTask, Trainer, processes, read_log
 
     backend, compiled, graph = VARIANTS[name]
     smoke = args.sizes == "smoke"
@@ -98,18 +98,16 @@ def wikitext(args: Arguments, name: str) -> dict[str, Any]:
         dataset.tokens.update({split: dataset.tokens[split][:2048] for split in ("valid", "test")})
     # Not under --out, which holds results alone: checkpoints are large.
     with tempfile.TemporaryDirectory(prefix="wikigpt-") as directory, processes(args.device) as group:
-        trainer = Trainer(config, dataset, Path(directory), group, log=print)
+        trainer = Trainer(config, TextTask(dataset), Path(directory), group, log=print)
         trainer.train_step()  # compilation and first allocations are not training
         if args.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         result = trainer.run()
         curve = [(round(line["seconds"], 2), line["loss"]) for line in read_log(Path(directory)) if "loss" in line]
-    assert result.valid is not None
-    assert result.test is not None
     no_graph = getattr(trainer.compute, "failed", None)
     captured = getattr(trainer.compute, "graph", None) is not None
-    valid, test = result.valid.per_token, result.test.per_token
+    valid, test = (result.final[split].per_token for split in ("valid", "test"))
     fell_back = f"; FAIL: no CUDA graph: {no_graph}" if no_graph else ""
     if FAKE:
         say(f"WikiText-2, {name}: ran{fell_back}")
@@ -131,8 +129,8 @@ def wikitext(args: Arguments, name: str) -> dict[str, Any]:
         "tokens_per_second": result.tokens_per_second,
         "mfu": trainer._mfu(result.tokens_per_second),
         "train_loss": result.train_loss,
-        "valid_perplexity": result.valid.per_token,
-        "test_perplexity": result.test.per_token,
+        "valid_perplexity": valid,
+        "test_perplexity": test,
         "peak_bytes": torch.cuda.max_memory_allocated() if args.device == "cuda" else None,
         "model": config.model.to_dict(),
         "batch_size": config.train.batch_size,

@@ -41,7 +41,7 @@ class Ours(Job):
     def __init__(self, size: Size, precision: str, device: str, start: PlainGPT, compiled: bool, graph: bool):
         from wikigpt.config import Config, DataConfig, TrainConfig
         from wikigpt.model import GPTConfig
-        from wikigpt.train import Processes, Trainer
+        from wikigpt.train import Processes, TextTask, Trainer
 
         tokens = np.random.default_rng(1).integers(size["vocab_size"], size=200_000, dtype=np.int64)
         dataset: Any = SimpleNamespace(
@@ -54,7 +54,7 @@ class Ours(Job):
         )
         processes = Processes(0, 1, torch.device(device))
         directory = Path(tempfile.mkdtemp(prefix="wikigpt-bench-"))
-        self.trainer = Trainer(Config(DataConfig(), model, train), dataset, directory, processes, log=say)
+        self.trainer = Trainer(Config(DataConfig(), model, train), TextTask(dataset), directory, processes, log=say)
         self.trainer.model.load_state_dict(start.state_dict())
         self.trainer.model.train()
         self.model = self.trainer.model

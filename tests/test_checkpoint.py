@@ -12,6 +12,7 @@ import torch
 from wikigpt import checkpoint
 from wikigpt.data import WordTokenizer
 from wikigpt.errors import UserError
+from wikigpt.files import writable_directory
 from wikigpt.model import GPT, GPTConfig
 
 
@@ -55,6 +56,18 @@ def test_a_truncated_file_is_refused(tmp_path, content, keep):
     data = path.read_bytes()
     path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
     with pytest.raises(UserError, match="is not a checkpoint of wikigpt, or it is damaged"):
+        checkpoint.load(path)
+
+
+def test_bytes_that_changed_on_the_disk_are_noticed(tmp_path, content):
+    path = tmp_path / "a.pth"
+    checkpoint.save(path, content | {"more": torch.randn(20000)})
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    for i in range(middle, middle + 4096):
+        data[i] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"a.pth is damaged: its part .* is not what was written; use another copy"):
         checkpoint.load(path)
 
 
@@ -138,4 +151,4 @@ def test_a_crash_before_the_rename_leaves_the_old_checkpoint(tmp_path, content, 
 def test_an_unwritable_directory_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write to .*file/run.*choose another with --out"):
-        checkpoint.writable_directory(tmp_path / "file" / "run")
+        writable_directory(tmp_path / "file" / "run")

@@ -3,6 +3,7 @@
 import json
 import random
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from wikigpt.data import BPETokenizer, ByteTokenizer, WordTokenizer, train_token
 from wikigpt.errors import UserError
 from wikigpt.finetune import finetune, pairs_loss
 from wikigpt.pairs import Pair, encode_pairs, read_pairs
+from wikigpt.train import read_log
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "docs" / "examples"
 TASKS = ("digits", "questions", "code")
@@ -220,7 +222,7 @@ def test_a_toy_translation_is_learnt_from_scratch_to_bleu_95_on_unseen_numbers(t
 def test_a_run_with_numpys_numbers_leaves_a_checkpoint_that_can_be_read(pairs_file, tmp_path):
     numbers = {"steps": np.int64(1), "batch_size": np.int32(4), "lr": np.float64(1e-3), "seed": np.int64(1)}
     out = finetune(pairs_file, tmp_path / "out", **numbers, valid_fraction=np.float32(0.25), log=quiet)
-    assert checkpoint.load(out)["config"]["lr"] == 1e-3
+    assert checkpoint.load(out)["config"]["train"]["lr"] == 1e-3
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(pairs_file, tmp_path):
@@ -245,7 +247,7 @@ def test_the_checkpoint_keeps_the_best_validation(pairs_file, tmp_path):
     # A learning rate that makes the loss rise again.
     settings = {**TINY, "steps": 60, "lr": 0.3}
     path = finetune(pairs_file, tmp_path / "run", log=lines.append, **settings)
-    losses = [float(line.split("validation loss ")[1].split()[0]) for line in lines[1:]]
+    losses = [float(line.split("validation loss ")[1].split()[0]) for line in lines if "validation loss" in line]
     assert min(losses) < losses[-1]
     content = checkpoint.load(path)
     assert content["valid_loss"] == pytest.approx(min(losses), abs=1e-4)
@@ -293,8 +295,9 @@ def test_words_of_a_vocabulary_from_scratch_are_all_known_even_if_they_occur_onc
 def test_a_single_pair_or_no_validation_trains_on_all_pairs(tmp_path):
     path = write_pairs(tmp_path / "pairs.jsonl", [("a =", "b")])
     for fraction in (0.1, 0.0):
-        content = checkpoint.load(finetune(path, tmp_path / "run", valid_fraction=fraction, log=quiet, **TINY))
+        content = checkpoint.load(finetune(path, tmp_path / str(fraction), valid_fraction=fraction, log=quiet, **TINY))
         assert content["valid_loss"] is None
+        assert content["step"] == TINY["steps"]  # with nothing to choose by, the newest weights
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_best_weights(pairs_file, tmp_path, monkeypatch):
@@ -307,7 +310,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_best_weights(pairs
         return forward(self, idx, targets, cache) * (float("nan") if steps == 9 else 1.0)
 
     monkeypatch.setattr(GPT, "forward", fails_at_the_ninth)
-    with pytest.raises(UserError, match=r"train loss is not finite at step 9: .* keeps the weights of step 8"):
+    with pytest.raises(UserError, match=r"the loss is nan at step 8; the last good checkpoint is .*last.pth"):
         finetune(pairs_file, tmp_path / "run", log=quiet, **TINY)
     loaded = checkpoint.load_model(tmp_path / "run")
     assert loaded.content["step"] == 8
@@ -352,7 +355,60 @@ def test_a_run_does_not_overwrite_the_checkpoint_it_starts_from(pairs_file, tmp_
     first = finetune(pairs_file, tmp_path / "first", log=quiet, **TINY)
     for source in (first, tmp_path / "first"):
         with pytest.raises(UserError, match="choose another --out"):
-            finetune(pairs_file, tmp_path / "first", checkpoint=source, steps=1, device="cpu", log=quiet)
+            finetune(pairs_file, tmp_path / "first", checkpoint=source, steps=1, device="cpu", overwrite=True, log=quiet)
+
+
+# ---- the run directory ----
+
+
+def test_a_run_has_a_log_and_a_picture_like_any_other(pairs_file, tmp_path):
+    finetune(pairs_file, tmp_path / "run", log=quiet, **TINY)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "config.yaml", "last.pth", "log.jsonl", "loss.png", "tensorboard", "wiki-gpt.pth",
+    }  # fmt: skip
+    log = read_log(tmp_path / "run")
+    assert {line["step"] for line in log if "valid_loss" in line} == set(range(1, 13))
+    assert {line["step"] for line in log if "loss" in line} == set(range(1, 13))
+
+
+def test_a_run_that_is_there_is_overwritten_when_asked_alone(pairs_file, tmp_path):
+    path = finetune(pairs_file, tmp_path / "run", log=quiet, **TINY)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="holds a run already; add --resume to go on with it or --overwrite to replace it"):
+        finetune(pairs_file, tmp_path / "run", log=quiet, **TINY)
+    assert path.read_bytes() == before
+    finetune(pairs_file, tmp_path / "run", overwrite=True, seed=1, log=quiet, **TINY)
+    assert path.read_bytes() != before
+
+
+def test_a_run_that_was_stopped_and_resumed_gives_the_same_bits(pairs_file, tmp_path):
+    whole = finetune(pairs_file, tmp_path / "whole", log=quiet, **TINY)
+
+    def stops(trainer):
+        def at_step_5(step, steps, figures):
+            if step == 5:
+                signal.raise_signal(signal.SIGINT)
+
+        return trainer.run(at_step_5)
+
+    stopped = finetune(pairs_file, tmp_path / "stopped", log=quiet, run=stops, **TINY)
+    assert checkpoint.load(tmp_path / "stopped" / "last.pth")["step"] in (5, 6)
+    lines: list[str] = []
+    assert finetune(None, tmp_path / "stopped", resume=True, device="cpu", log=lines.append) == stopped
+    a, b = checkpoint.load(whole.parent / "last.pth"), checkpoint.load(stopped.parent / "last.pth")
+    assert a["step"] == b["step"] == 12
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+
+
+def test_a_resumed_run_keeps_its_settings_and_its_pairs(pairs_file, tmp_path):
+    finetune(pairs_file, tmp_path / "run", log=quiet, **TINY)
+    with pytest.raises(UserError, match=r"--batch-size: the run in .* has its own; leave it out beside --resume"):
+        finetune(None, tmp_path / "run", resume=True, batch_size=4, device="cpu", log=quiet)
+    other = write_pairs(tmp_path / "other.jsonl", digit_pairs(41, seed=2))
+    with pytest.raises(UserError, match="was trained on other data"):
+        finetune(other, tmp_path / "run", resume=True, device="cpu", log=quiet)
+    with pytest.raises(UserError, match="no file of pairs"):
+        finetune(None, tmp_path / "new", device="cpu", log=quiet)
 
 
 # ---- examples of the how-to pages ----

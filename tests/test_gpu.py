@@ -10,7 +10,7 @@ from wikigpt.config import resolve
 from wikigpt.data import prepare
 from wikigpt.generate import generate
 from wikigpt.model import GPT, GPTConfig
-from wikigpt.train import Processes, Trainer, read_log
+from wikigpt.train import Processes, TextTask, Trainer, read_log
 
 pytestmark = pytest.mark.gpu
 
@@ -77,7 +77,7 @@ def run_on_the_gpu(tmp_path, monkeypatch, name, *changes, resume=False):
         "precision=bf16", "tensorboard=false", "device=cuda", *changes,
     ])  # fmt: skip
     dataset = prepare(config.data.dataset, "word")
-    trainer = Trainer(config, dataset, tmp_path / name, Processes(0, 1, torch.device("cuda")), resume)
+    trainer = Trainer(config, TextTask(dataset), tmp_path / name, Processes(0, 1, torch.device("cuda")), resume)
     trainer.run()
     return trainer, {line["step"]: line for line in read_log(tmp_path / name) if "loss" in line}
 

@@ -1,6 +1,7 @@
 """Training: exact resume, signals, divergence, accumulation, several processes. Real processes where it matters."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -17,7 +18,8 @@ from wikigpt import checkpoint
 from wikigpt.config import resolve
 from wikigpt.data import prepare
 from wikigpt.errors import UserError
-from wikigpt.train import Batches, Optimizers, Processes, StepGraph, Trainer, lr_factor, read_log
+from wikigpt.evaluate import perplexity
+from wikigpt.train import Optimizers, Processes, StepGraph, TextBatches, TextTask, Trainer, lr_factor, owned, read_log
 
 TINY = [
     "n_layer=2", "n_head=2", "n_embd=32", "context_length=32", "batch_size=4", "steps=12", "warmup_steps=3",
@@ -46,7 +48,8 @@ def make_trainer(text, out, *changes, resume=False):
     config = resolve(None, None, [*TINY, f"dataset={text}", *changes])
     dataset = prepare(config.data.dataset, config.data.tokenizer, config.data.vocab_size)
     lines = []
-    trainer = Trainer(config, dataset, Path(out), Processes(0, 1, torch.device("cpu")), resume, lines.append)
+    trainer = Trainer(config, TextTask(dataset), Path(out), Processes(0, 1, torch.device("cpu")), resume, lines.append)
+    trainer.lines = lines
     return trainer
 
 
@@ -70,8 +73,9 @@ def weights(path):
 def test_a_run_learns_and_writes_all_that_it_promises(text, tmp_path):
     trainer = make_trainer(text, tmp_path / "run", "steps=60", "lr=1e-2", "tensorboard=true")
     result = trainer.run()
-    assert result.test.per_token < 15  # 50 words; the text is predictable after the first word of a line
-    assert result.valid.tokens == len(trainer.dataset.tokens["valid"])
+    assert result.final["test"].per_token < 15  # 50 words; the text is predictable after the first word of a line
+    for split in ("valid", "test"):
+        assert result.final[split].tokens == len(trainer.task.dataset.tokens[split])
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert names == {"config.yaml", "log.jsonl", "loss.png", "tensorboard", "last.pth", "wiki-gpt.pth"}
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -94,7 +98,7 @@ def test_wiki_gpt_holds_the_weights_with_the_best_validation_loss(text, tmp_path
     assert trainer.best == pytest.approx(best)
     trainer.best = -1.0  # nothing can be better now
     before = (tmp_path / "wiki-gpt.pth").read_bytes()
-    trainer._validate(None)
+    trainer._validate()
     assert (tmp_path / "wiki-gpt.pth").read_bytes() == before
 
 
@@ -159,23 +163,23 @@ def test_averages_are_saved_once(text, tmp_path):
 
 
 def test_an_epoch_visits_every_block_once_and_the_next_one_in_another_order():
-    batches = Batches(torch.arange(1000), length=10, seed=3)
-    epochs = [batches.get(e * batches.blocks, batches.blocks)[0] for e in range(2)]
+    batches = TextBatches(torch.arange(1000), length=10, seed=3)
+    epochs = [batches.get(e * batches.count, batches.count)[0] for e in range(2)]
     for x in epochs:
         offset = int(x.min())
-        assert sorted(x[:, 0].tolist()) == list(range(offset, offset + 10 * batches.blocks, 10))
+        assert sorted(x[:, 0].tolist()) == list(range(offset, offset + 10 * batches.count, 10))
     assert not torch.equal(epochs[0], epochs[1])
 
 
 def test_targets_are_the_next_tokens():
-    x, y = Batches(torch.arange(1000), length=10, seed=3).get(5, 7)
+    x, y = TextBatches(torch.arange(1000), length=10, seed=3).get(5, 7)
     assert torch.equal(y, x + 1)
 
 
 @pytest.mark.parametrize("count", [1, 7, 99, 250])
 def test_a_sequence_does_not_depend_on_the_batch_that_it_comes_in(count):
-    batches = Batches(torch.arange(1000), length=10, seed=3)
-    first = batches.blocks - 4  # across one or more ends of an epoch
+    batches = TextBatches(torch.arange(1000), length=10, seed=3)
+    first = batches.count - 4  # across one or more ends of an epoch
     together = batches.places(first, count)
     assert together.tolist() == [int(batches.places(i, 1)) for i in range(first, first + count)]
     assert torch.equal(batches.at(together)[0][:, 0], together)
@@ -183,7 +187,7 @@ def test_a_sequence_does_not_depend_on_the_batch_that_it_comes_in(count):
 
 def test_a_text_shorter_than_two_contexts_is_refused():
     with pytest.raises(UserError, match="the train split has 15 tokens, fewer than two contexts of 10"):
-        Batches(torch.arange(15), length=10, seed=0)
+        TextBatches(torch.arange(15), length=10, seed=0)
 
 
 # --- schedule -------------------------------------------------------------------------------------------------------
@@ -296,6 +300,198 @@ def test_divergence_stops_with_a_message_and_keeps_the_last_good_checkpoint(text
     saved = checkpoint.load(tmp_path / "last.pth")
     assert saved["step"] == 4
     assert all(v.isfinite().all() for v in saved["model"].values())
+
+
+# --- nothing is lost ------------------------------------------------------------------------------------------------
+
+
+def stopping(trainer, where):
+    """Run, and send Ctrl-C from inside a step's report or an evaluation: `where` is a step or (name, step)."""
+
+    def on_step(step, steps, figures):
+        if step == where:
+            signal.raise_signal(signal.SIGINT)
+
+    def on_evaluate(split, done, total):
+        if (split, trainer.step) == where:
+            signal.raise_signal(signal.SIGINT)
+
+    return trainer.run(on_step, on_evaluate)
+
+
+MOMENTS = {
+    "in a step": 3,
+    "in the first step": 1,
+    "in a validation": ("validation", 6),
+    "in the last validation": ("validation", 12),
+    "in the final validation": ("valid", 12),
+    "in the test": ("test", 12),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_ctrl_c_at_any_moment_leaves_a_run_that_goes_on_to_the_same_end(text, tmp_path, moment, capfd):
+    whole = make_trainer(text, tmp_path / "whole", "dropout=0.1").run()
+    stopped = stopping(make_trainer(text, tmp_path / "run", "dropout=0.1"), MOMENTS[moment])
+    assert stopped.interrupted
+    assert not stopped.final
+    assert "SIGINT: finishing this step and saving" in capfd.readouterr().err
+    assert checkpoint.load_model(tmp_path / "run").tokenizer is not None  # usable as it is
+    resumed = make_trainer(text, tmp_path / "run", "dropout=0.1", resume=True).run()
+    assert not resumed.interrupted
+    for name in ("last.pth", "wiki-gpt.pth"):
+        a, b = weights(tmp_path / "whole" / name), weights(tmp_path / "run" / name)
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+    assert resumed.final == whole.final
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_save(text, tmp_path):
+    def twice(step, steps, figures):
+        if step == 6:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(text, tmp_path).run(twice)
+    assert checkpoint.load(tmp_path / "last.pth")["step"] == 4
+    assert make_trainer(text, tmp_path, resume=True).run().steps == 12
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_full_disk_ends_the_run_and_leaves_what_can_be_resumed(text, tmp_path, monkeypatch):
+    trainer, real = make_trainer(text, tmp_path), os.fsync
+
+    def full(file):
+        if trainer.step >= 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device; the file that was there before is unharmed; free some space"):
+        trainer.run()
+    monkeypatch.setattr(os, "fsync", real)
+    assert checkpoint.load(tmp_path / "last.pth")["step"] == 4
+    assert not list(tmp_path.glob(".*.tmp"))
+    assert make_trainer(text, tmp_path, resume=True).run().steps == 12
+
+
+def test_a_run_that_fails_in_its_first_step_leaves_nothing_and_the_run_that_it_was_to_replace(text, tmp_path):
+    for name in ("new", "old"):
+        if name == "old":
+            make_trainer(text, tmp_path / name, "steps=2").run()
+        before = {path: path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()}
+        with owned(tmp_path / name, overwrite=True):
+            trainer = make_trainer(text, tmp_path / name, "tensorboard=true")
+            trainer.forward = lambda x, y: trainer.model(x, y) * float("nan")  # noqa: B023
+            with pytest.raises(UserError, match="the loss is nan at step 0; no checkpoint had been written yet"):
+                trainer.run()
+        assert {path: path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_directory_belongs_to_one_process(text, tmp_path):
+    code = f"""
+import sys, time
+from wikigpt.train.directory import owned
+with owned({str(tmp_path / "run")!r}):
+    print("mine", flush=True)
+    time.sleep(600)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "mine\n"
+    for how in ({}, {"overwrite": True}):
+        with (
+            pytest.raises(UserError, match=f"process {process.pid} is training into .*run: stop it, wait for it"),
+            owned(tmp_path / "run", **how),
+        ):
+            pass
+    process.kill()
+    process.wait()
+    (tmp_path / "run" / ".last.pth.123.tmp").write_bytes(b"half of a checkpoint")  # as kill -9 during a save leaves it
+    with owned(tmp_path / "run"):
+        assert not list((tmp_path / "run").glob("*.tmp"))
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_resuming_and_overwriting_exclude_each_other(tmp_path):
+    with pytest.raises(UserError, match="--resume goes on with a run and --overwrite replaces it"), owned(tmp_path, True, True):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [("n_embd=64", "model.n_embd"), ("context_length=16", "model.context_length"), ("optimizer=muon", "train.optimizer"),
+     ("seed=7", "train.seed"), ("batch_size=2", "train.batch_size"), ("ema_decay=0.9", "train.ema_decay"),
+     ("eval_tokens=64", "train.eval_tokens"), ("tokenizer=byte", "data.tokenizer")],
+)  # fmt: skip
+def test_resuming_with_settings_of_another_run_is_refused_by_name(text, tmp_path, change, name):
+    make_trainer(text, tmp_path, "steps=1").run()
+    with pytest.raises(UserError, match=rf"{name}: the run in .* has .*, got .*leave the setting out"):
+        make_trainer(text, tmp_path, change, resume=True)
+
+
+def test_resuming_may_change_limits_and_learning_rate_and_says_so(text, tmp_path):
+    make_trainer(text, tmp_path, "steps=2").run()
+    trainer = make_trainer(text, tmp_path, "steps=4", "lr=1e-4", resume=True)
+    assert "changed since the run began: train.steps 2 -> 4, train.lr 0.001 -> 0.0001" in trainer.lines
+    assert trainer.run().steps == 4
+
+
+def test_a_line_of_the_log_that_a_crash_has_cut_off_does_not_stop_a_resume(text, tmp_path):
+    make_trainer(text, tmp_path, "steps=2").run()
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')
+    assert make_trainer(text, tmp_path, "steps=4", resume=True).run().steps == 4
+    assert sorted(losses(tmp_path)) == [1, 2, 3, 4]
+
+
+# --- what is printed ------------------------------------------------------------------------------------------------
+
+
+def test_every_validation_looks_at_the_same_tokens_and_the_figures_in_the_end_are_of_the_kept_weights(text, tmp_path):
+    trainer, seen = make_trainer(text, tmp_path, "eval_interval=2", "final_tokens=300"), []
+    real = trainer.task.validate
+    trainer.task.validate = lambda *rest: seen.append(real(*rest)) or seen[-1]
+
+    def spoil(step, steps, figures):
+        if step == 7:
+            with torch.no_grad():
+                trainer.model.wte.weight.mul_(30)
+
+    result = trainer.run(spoil)
+    assert len({valid.tokens for valid in seen}) == 1
+    values = [line["valid_loss"] for line in read_log(tmp_path) if "valid_loss" in line]
+    assert result.best_step == 2 * (values.index(min(values)) + 1)
+    assert result.best_step == 6
+    kept = checkpoint.load_model(tmp_path)
+    assert kept.content["step"] == result.best_step
+    assert kept.content["valid_loss"] == pytest.approx(min(values))
+    assert real(kept.model, trainer.config, lambda done, total: None).nats / seen[0].tokens == pytest.approx(min(values))
+    for split in ("valid", "test"):
+        again = perplexity(
+            kept.model, trainer.task.dataset.tokens[split], kept.tokenizer.first_id, stride=32, sample=300
+        )  # fmt: skip
+        assert result.final[split] == again
+
+
+def test_a_better_file_is_not_overwritten_by_a_resumed_run(text, tmp_path):
+    """Where a run was killed between the file and last.pth, the file is the younger of the two."""
+    trainer = make_trainer(text, tmp_path, "save_interval=100", "eval_interval=4", "steps=8")
+    trainer.run()
+    best = torch.load(tmp_path / "wiki-gpt.pth", weights_only=True) | {"valid_loss": 0.5, "step": 77}
+    torch.save(best, tmp_path / "wiki-gpt.pth")
+    resumed = make_trainer(text, tmp_path, "save_interval=100", "eval_interval=4", "steps=12", resume=True)
+    assert resumed.run().best_step == 77
+    assert checkpoint.load(tmp_path)["step"] == 77
+
+
+def test_a_limit_in_seconds_says_that_it_ended_the_run(text, tmp_path):
+    trainer = make_trainer(text, tmp_path, "steps=1000000", "max_seconds=2", "final_tokens=100", "eval_tokens=100")
+    result = trainer.run()
+    assert f"stopped at step {result.steps:,} of 1,000,000: train.max_seconds=2 is over" in trainer.lines
+    assert any("of training to go, until train.max_seconds=2 is over" in line for line in trainer.lines)
+    assert result.final["test"].tokens <= 100 + 32
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

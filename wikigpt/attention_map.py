@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .checkpoint import write_atomically
 from .errors import UserError
+from .files import write_atomically
 from .generate import check_tokens
 from .model import GPT
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import checkpoint as checkpoints
 from .errors import UserError
+from .files import write_atomically
 from .pairs import Pair
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def write_hypotheses(result: BleuResult, path: str | Path) -> None:
     Raises UserError where the file cannot be written.
     """
     text = "".join(f"{line}\n" for line in result.hypotheses)
-    checkpoints.write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 __all__ = ["BleuResult", "evaluate_bleu", "write_hypotheses"]

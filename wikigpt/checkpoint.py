@@ -7,15 +7,17 @@ a temporary name, flushed to disk and renamed, so a crash or a full disk leaves 
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import tempfile
+import struct
+import zipfile
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from .errors import UserError
+from .files import write_atomically
 from .model import GPT, GPTConfig
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 FORMAT = "wikigpt"
 VERSION = 1
 NAME = "wiki-gpt.pth"
+_UNREADABLE = (zipfile.BadZipFile, NotImplementedError, zlib.error, struct.error, IndexError, AttributeError)
 
 
 class Loaded(NamedTuple):
@@ -32,39 +35,6 @@ class Loaded(NamedTuple):
     model: GPT
     tokenizer: Tokenizer | None
     content: dict[str, Any]
-
-
-def writable_directory(directory: str | Path) -> Path:
-    """Make the directory where needed. Raises UserError where files cannot be written into it."""
-    directory = Path(directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to {directory}: {error.strerror or error}; choose another with --out") from None
-    return directory
-
-
-def write_atomically(path: str | Path, write: Any) -> None:
-    """Call write(file) on a temporary file beside `path` and rename it to `path` when it is safely on disk.
-
-    Raises UserError where that fails; `path` is then as it was before and the temporary file is gone.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        # torch.save reports a failed write as RuntimeError.
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        kept = "; the file that was there before is unharmed" if path.exists() else ""
-        raise UserError(f"cannot write {path}: {reason}{kept}; free some space or choose another --out") from error
 
 
 def save(path: str | Path, content: dict[str, Any]) -> None:
@@ -91,11 +61,16 @@ def load(source: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     """Read a checkpoint. Raises UserError for a missing, truncated or foreign file."""
     path = find(source)
     try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, KeyError) as error:
+        # torch.save writes a checksum of every record, and torch.load does not look at it.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        content = None if damaged else torch.load(path, map_location=map_location, weights_only=True)
+    except (*_UNREADABLE, RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{path} is not a checkpoint of wikigpt, or it is damaged ({type(error).__name__}); use another copy"
         ) from error
+    if damaged:
+        raise UserError(f"{path} is damaged: its part {damaged} is not what was written; use another copy")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is a PyTorch file, but not a checkpoint of wikigpt; train one with `wikigpt train`")
     if content["version"] > VERSION:
@@ -117,6 +92,13 @@ def model_from(content: dict[str, Any], device: Any = "cpu", backend: str | None
     return model.to(device).eval()
 
 
+def tokenizer_from(content: dict[str, Any]) -> Tokenizer | None:
+    """The tokenizer inside a loaded checkpoint, None where it holds none."""
+    from .data import tokenizer_from_json
+
+    return tokenizer_from_json(content["tokenizer"]) if content["tokenizer"] else None
+
+
 def load_model(source: str | Path, device: Any = "cpu", backend: str | None = None) -> Loaded:
     """Model and tokenizer from a checkpoint file, a run directory, or a Hugging Face directory or name.
 
@@ -131,10 +113,8 @@ def load_model(source: str | Path, device: Any = "cpu", backend: str | None = No
 
         model = hub.from_pretrained(str(source), **({"backend": backend} if backend else {}))
         return Loaded(model.to(device).eval(), hub.load_tokenizer(str(source)), {})
-    from .data import tokenizer_from_json
-
     content = load(path)
-    tokenizer = tokenizer_from_json(content["tokenizer"]) if content["tokenizer"] else None
+    tokenizer = tokenizer_from(content)
     model = model_from(content, device, backend)
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(

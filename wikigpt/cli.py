@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +98,7 @@ def train(
     overrides: list[str] = typer.Argument(
         None, metavar="[KEY=VALUE]...", help="any setting, for example train.lr=3e-4 model.n_layer=6"
     ),
-    preset: str = typer.Option("cpu-small", help="quick, cpu-small, wikitext-2 or gpt2-small"),
+    preset: str | None = typer.Option(None, help="quick, cpu-small (default), wikitext-2 or gpt2-small"),
     config: Path | None = typer.Option(None, help="YAML or TOML file with settings, on top of the preset"),
     out: Path | None = typer.Option(None, help="run directory; default runs/PRESET-DATE-TIME"),
     resume: bool = typer.Option(False, help="go on with the run in --out, exactly where it stopped"),
@@ -118,54 +120,51 @@ def train(
     from . import checkpoint as checkpoints
     from .config import resolve
     from .data import prepare
-    from .train import LAST, Trainer, processes
+    from .train import LAST, TextTask, Trainer, owned, processes
 
     given = {"dataset": dataset, "data_dir": data_dir, "device": device, "backend": backend, "steps": steps,
              "max_seconds": max_seconds, "batch_size": batch_size, "seed": seed}  # fmt: skip
     changes = [*(overrides or []), *(f"{key}={value}" for key, value in given.items() if value is not None)]
+    if resume and out is None:
+        raise UserError("--resume needs --out RUN_DIRECTORY")
+    if resume and preset is not None:
+        raise UserError(f"--preset {preset}: the run in {out} has its settings; leave it out beside --resume")
+    preset = preset or "cpu-small"
+    settings = None if resume else resolve(preset, config, changes)
+    out = out or RUNS / f"{preset}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     first = os.environ.get("RANK", "0") == "0"
-    if resume:
-        if out is None:
-            raise UserError("--resume needs --out RUN_DIRECTORY")
-        last = out / LAST
-        if not last.is_file():
-            raise UserError(f"nothing to resume in {out}: no {LAST} there; leave --resume out to start a run")
-        settings = resolve(None, config, changes, base=checkpoints.load(last)["config"])
-    else:
-        settings = resolve(preset, config, changes)
-        if out is None:
-            out = RUNS / f"{preset}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-        elif first and not overwrite and any((out / name).exists() for name in (LAST, checkpoints.NAME)):
-            raise UserError(f"{out} holds a run already; add --resume to go on with it or --overwrite to replace it")
-
-    prepared = prepare(settings.data.dataset, settings.data.tokenizer, settings.data.vocab_size, settings.data.data_dir)
-    with processes(settings.train.device) as group:
-        if group.first:
-            # Only now, when nothing that the user may have got wrong is left.
-            checkpoints.writable_directory(out)
-            for name in (LAST, checkpoints.NAME, "log.jsonl") if not resume else ():
-                (out / name).unlink(missing_ok=True)
-        trainer = Trainer(settings, prepared, out, group, resume, log=console.print)
-        if group.first:
-            show_origin(prepared)
-            model = trainer.model
-            console.print(
-                f"model: {model.num_parameters() / 1e6:.2f}M parameters "
-                f"({model.num_parameters(embeddings=False) / 1e6:.2f}M without embeddings), vocabulary "
-                f"{model.config.vocab_size}, context {model.config.context_length}, on {group.device} x {group.size}"
-            )
-            console.print(f"run: {out} (Ctrl-C saves and stops; --resume goes on)")
-            if resume:
-                console.print(f"resumed at step {trainer.step}")
-        result = run_with_progress(trainer)
-        if not group.first:
-            return
+    with owned(out, resume, overwrite) if first else contextlib.nullcontext():
+        if settings is None:
+            saved = checkpoints.load(out / LAST)
+            if saved.get("task", {}).get("kind") == "pairs":
+                raise UserError(f"{out} holds a run of `wikigpt finetune`; go on with it by `wikigpt finetune --resume`")
+            settings = resolve(None, config, changes, base=saved["config"])
+            del saved
+        prepared = prepare(settings.data.dataset, settings.data.tokenizer, settings.data.vocab_size, settings.data.data_dir)
+        with processes(settings.train.device) as group:
+            trainer = Trainer(settings, TextTask(prepared), out, group, resume, log=say)
+            if group.first:
+                show_origin(prepared)
+                model = trainer.model
+                console.print(
+                    f"model: {model.num_parameters() / 1e6:.2f}M parameters "
+                    f"({model.num_parameters(embeddings=False) / 1e6:.2f}M without embeddings), vocabulary "
+                    f"{model.config.vocab_size}, context {model.config.context_length}, on {group.device} x {group.size}"
+                )
+                limit = settings.train.max_seconds
+                console.print(
+                    f"run: {out}, {settings.train.steps:,} steps of {trainer.tokens_per_step:,} tokens"
+                    + (f", at most {limit:g} s of training" if limit is not None else "")
+                    + " (Ctrl-C saves and stops; --resume goes on)"
+                )
+                if resume:
+                    console.print(f"resumed at step {trainer.step}")
+            result = run_with_progress(trainer, f"wikigpt train --resume --out {out}")
+            if not group.first:
+                return
     if result.interrupted:
-        console.print(f"saved {out / LAST}; go on with: wikigpt train --resume --out {out}")
         return
-    console.print(f"test perplexity: {result.test.per_token:.2f}  (sliding window, every token)")  # type: ignore[union-attr]
-    if prepared.tokenizer.kind != "word":
-        console.print(f"test perplexity per word: {result.test.per_word:.2f}")  # type: ignore[union-attr]
+    show_final(result, prepared.tokenizer.kind == "word", settings.train.final_tokens)
     console.print(f"speed: {result.tokens_per_second:,.0f} tokens/s in training, {result.seconds:.0f} s in all")
     from .generate import complete
 
@@ -181,24 +180,61 @@ def train(
     )
 
 
-def run_with_progress(trainer: Any) -> Any:
-    """Run with a progress bar on a terminal, with a line now and then elsewhere."""
+def say(line: str) -> None:
+    console.print(line, markup=False)
+
+
+def show_final(result: Any, words: bool, sample: int | None) -> None:
+    """The figures in the end: of the weights in wiki-gpt.pth, validation and test in the same way."""
+    console.print(f"the weights of step {result.best_step:,}, with the lowest validation loss, are in wiki-gpt.pth:")
+    names = {"valid": "validation", "test": "test"}
+    for split, figure in result.final.items():
+        per_word = "" if words or figure.per_word is None else f", {figure.per_word:.2f} per word"
+        how = "whole split, sliding window" if sample is None else f"{figure.tokens:,} tokens of the split, blocked"
+        console.print(f"  {names[split]} perplexity: {figure.per_token:.2f}{per_word}  ({how})")
+    if sample is not None:
+        console.print(f"  every token, as papers count it: wikigpt evaluate {result.directory}")
+
+
+def run_with_progress(trainer: Any, resume: str) -> Any:
+    """Run with a progress bar on a terminal, with a line now and then elsewhere. `resume` is the command that goes on."""
     if not trainer.processes.first:
         return trainer.run()
+    try:
+        result = watched_run(trainer)
+    except KeyboardInterrupt:
+        console.print(f"stopped at once; the last save can be gone on with: {resume}", markup=False)
+        raise
+    if result.interrupted:
+        console.print(f"go on with: {resume}", markup=False)
+    return result
+
+
+def watched_run(trainer: Any) -> Any:
 
     def line(figures: dict[str, float]) -> str:
         mfu = f", MFU {figures['mfu']:.1%}" if "mfu" in figures else ""
         return f"loss {figures['loss']:.3f}, {figures['tokens_per_second']:,.0f} tokens/s{mfu}"
 
-    if not sys.stdout.isatty():
-        last = [0.0]
+    if not console.is_terminal:
+        last = time.monotonic()
+
+        def due() -> bool:
+            nonlocal last
+            if time.monotonic() - last < 10:
+                return False
+            last = time.monotonic()
+            return True
 
         def on_step(step: int, steps: int, figures: dict[str, float]) -> None:
-            if figures["seconds"] - last[0] >= 10:
-                last[0] = figures["seconds"]
+            if due():
                 console.print(f"step {step}/{steps}: {line(figures)}")
 
-        return trainer.run(on_step)
+        def on_evaluate(split: str, done: int, total: int) -> None:
+            if due():
+                console.print(f"evaluating, {split}: {done / total:.0%}")
+
+        return trainer.run(on_step, on_evaluate)
 
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -211,11 +247,15 @@ def run_with_progress(trainer: Any) -> Any:
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=1.0, completed=trainer.progress(), text="")
+        evaluation = progress.add_task("", total=1, text="", visible=False)
 
         def on_tty_step(step: int, steps: int, figures: dict[str, float]) -> None:
             progress.update(task, completed=trainer.progress(), text=f"step {step}/{steps}, {line(figures)}")
 
-        return trainer.run(on_tty_step)
+        def on_tty_evaluate(split: str, done: int, total: int) -> None:
+            progress.update(evaluation, description=split, completed=done, total=total, visible=done < total)
+
+        return trainer.run(on_tty_step, on_tty_evaluate)
 
 
 @app.command()
@@ -313,8 +353,10 @@ def generate(
 
 @app.command()
 def finetune(
-    pairs: Path = typer.Argument(..., help='JSONL file, a line each: {"prompt": ..., "completion": ...}'),
+    pairs: Path | None = typer.Argument(None, help='JSONL file, a line each: {"prompt": ..., "completion": ...}'),
     out: Path = typer.Option(..., help="run directory to write"),
+    resume: bool = typer.Option(False, help="go on with the run in --out, exactly where it stopped"),
+    overwrite: bool = typer.Option(False, help="replace the run in --out"),
     checkpoint: str | None = typer.Option(
         None, "--checkpoint", "-c", help="model to start from; default: a small one from scratch"
     ),
@@ -324,21 +366,33 @@ def finetune(
     n_head: int | None = typer.Option(None, help="from scratch: number of heads"),
     epochs: int | None = typer.Option(None, help="passes over the pairs"),
     steps: int | None = typer.Option(None, help="optimiser steps, in place of --epochs"),
-    batch_size: int = typer.Option(32, help="pairs per step"),
+    batch_size: int | None = typer.Option(None, help="pairs per step (default 32)"),
     lr: float | None = typer.Option(None, help="highest learning rate"),
-    valid_fraction: float = typer.Option(0.1, help="share of the pairs kept for validation"),
-    seed: int = typer.Option(0, help="seed of weights and order"),
+    valid_fraction: float | None = typer.Option(None, help="share of the pairs kept for validation (default 0.1)"),
+    seed: int | None = typer.Option(None, help="seed of weights and order (default 0)"),
     device: str = DeviceOption,
 ) -> None:
-    """Learn prompt -> completion pairs (translation, questions, code); the loss counts completions only."""
+    """Learn prompt -> completion pairs (translation, questions, code); the loss counts completions only.
+
+    Ctrl-C stops after the step under way and saves; --resume goes on.
+    """
     from .finetune import finetune as run
+
+    results: list[Any] = []
+
+    def watched(trainer: Any) -> Any:
+        results.append(run_with_progress(trainer, f"wikigpt finetune --resume --out {out}"))
+        return results[0]
 
     path = run(
         pairs, out, checkpoint=checkpoint, tokenizer=tokenizer, n_layer=n_layer, n_embd=n_embd, n_head=n_head,
         epochs=epochs, steps=steps, batch_size=batch_size, lr=lr, seed=seed, device=device,
-        valid_fraction=valid_fraction, log=lambda line: console.print(line, markup=False),
+        valid_fraction=valid_fraction, resume=resume, overwrite=overwrite, log=say, run=watched,
     )  # fmt: skip
-    console.print(f"checkpoint: {path}")
+    if results[0].interrupted:
+        return
+    console.print(f"checkpoint: {path} (the weights of step {results[0].best_step:,})")
+    console.print(f"log:        {out / 'log.jsonl'}, loss curve {out / 'loss.png'}")
 
 
 @app.command()

@@ -51,7 +51,8 @@ class TrainConfig:
     seed: int = 1337
     log_interval: int = 10  # steps between log lines
     eval_interval: int = 200  # steps between validations
-    eval_tokens: int = 32768  # validation tokens looked at during training; the last validation and the test take all
+    eval_tokens: int = 32768  # validation tokens looked at during training: evenly spaced windows, always the same
+    final_tokens: int | None = None  # of validation and test looked at in the end; None: all of both, sliding window
     save_interval: int = 200  # steps between checkpoints
     tensorboard: bool = True
 

@@ -72,6 +72,7 @@ def perplexity(
     first_id: int,
     *,
     stride: int | None = None,
+    sample: int | None = None,
     batch_size: int = 16,
     dynamic_lr: float = 0.0,
     stats: SplitStats | None = None,
@@ -79,20 +80,31 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity of `model` on a token stream (N,) of ids, before which `first_id` is put: `Tokenizer.first_id`.
 
-    stride defaults to context_length // 2. dynamic_lr > 0 is dynamic evaluation (Krause et al. 2018): after a window is
-    scored, one step of SGD on it; the weights are restored at the end. `stats` of the split gives the word count.
-    progress(done, total) is called after each batch. Raises UserError for ids out of range and for a bad stride.
+    stride defaults to context_length // 2. With `sample` below the length of the stream only about so many tokens are
+    predicted, those of windows evenly spaced over it, the same in every call; there is no word count then. dynamic_lr > 0 is
+    dynamic evaluation (Krause et al. 2018): after a window is scored, one step of SGD on it; the weights are restored at the
+    end. `stats` of the split gives the word count.
+    progress(done, total) is called with tokens after each batch, and may end the work by an exception. Raises UserError for ids
+    out of range and for a bad stride or sample.
     """
     length = model.config.context_length
     stride = max(1, length // 2) if stride is None else integer("stride", stride)
     if not 1 <= stride <= length:
         raise UserError(f"stride: got {stride}, must be between 1 and the model's context_length {length}")
+    if sample is not None and integer("sample", sample) < 1:
+        raise UserError(f"sample: got {sample}, must be 1 or more")
     device = model.head.weight.device
     ids = to_stream(tokens, first_id, model.config.vocab_size).to(device)
     n = ids.shape[0] - 1
+    chosen = list(windows(n, length, stride))
+    if sample is not None and sample < n:
+        count = min(len(chosen), max(1, round(sample / stride)))
+        chosen = [chosen[i * len(chosen) // count] for i in range(count)]
+        stats = None
+    goal = sum(end - first for _, end, first in chosen)
     training = model.training
     model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total, done = torch.zeros((), dtype=torch.float64, device=device), 0
 
     def losses(batch: list[tuple[int, int, int]]) -> Tensor:
         # Windows of one batch have the same shape; the head runs on the counted positions alone.
@@ -102,32 +114,39 @@ def perplexity(
         hidden = model.hidden(x)[:, first - begin :]
         return kernels.linear_cross_entropy(hidden, model.head.weight, y, reduction="none", backend=model.config.backend)
 
-    if dynamic_lr > 0:
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        for window in windows(n, length, stride):
-            loss = losses([window])
-            total += loss.detach().double().sum()
-            loss.mean().backward()
+    def counted(batch: list[tuple[int, int, int]]) -> None:
+        nonlocal done
+        done += sum(end - first for _, end, first in batch)
+        if progress:
+            progress(done, goal)
+
+    before = {name: p.detach().clone() for name, p in model.named_parameters()} if dynamic_lr > 0 else {}
+    try:
+        if dynamic_lr > 0:
+            for window in chosen:
+                loss = losses([window])
+                total += loss.detach().double().sum()
+                loss.mean().backward()
+                with torch.no_grad():
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                    for p in model.parameters():
+                        if p.grad is not None:
+                            p.sub_(p.grad, alpha=dynamic_lr)
+                            p.grad = None
+                counted([window])
+        else:
             with torch.no_grad():
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                for p in model.parameters():
-                    if p.grad is not None:
-                        p.sub_(p.grad, alpha=dynamic_lr)
-                        p.grad = None
-            if progress:
-                progress(window[1], n)
+                for _, alike in itertools.groupby(chosen, key=_shape):
+                    while batch := list(itertools.islice(alike, batch_size)):
+                        total += losses(batch).double().sum()
+                        counted(batch)
+    finally:
         with torch.no_grad():
             for name, p in model.named_parameters():
-                p.copy_(before[name])
-    else:
-        with torch.no_grad():
-            for _, alike in itertools.groupby(windows(n, length, stride), key=_shape):
-                while batch := list(itertools.islice(alike, batch_size)):
-                    total += losses(batch).double().sum()
-                    if progress:
-                        progress(batch[-1][1], n)
-    model.train(training)
-    return Perplexity(float(total), n, None if stats is None else stats.words + stats.lines)
+                if name in before:
+                    p.copy_(before[name])
+        model.train(training)
+    return Perplexity(float(total), goal, None if stats is None else stats.words + stats.lines)
 
 
 def _shape(window: tuple[int, int, int]) -> tuple[int, int]:

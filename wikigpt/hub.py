@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import writable_directory, write_atomically
 from .data import BPETokenizer, Tokenizer, WordTokenizer, tokenizer_from_json
 from .data.sources import HUB_SECONDS, _within
 from .data.tokenizers import EOS, UNK, _visible, _without_surrogates
 from .errors import UserError
+from .files import writable_directory, write_atomically
 from .model import GPT, GPTConfig
 
 if TYPE_CHECKING:

@@ -1,0 +1,146 @@
+"""What a run computes on: its processes, and on a GPU the step as one graph and the moments that its stream passes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from wikigpt.errors import UserError
+
+# Dense bf16 peak in FLOP/s of the vendors' data sheets, by a part of the device's name.
+_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "B200": 2250e12, "L4": 121e12}
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that torchrun started; a lone process is rank 0 of 1."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: a CUDA GPU where there is one, else the CPU. Raises UserError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"unknown device {name!r}; use auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device on this machine (or a CPU build of torch); use --device cpu")
+    return device
+
+
+@contextlib.contextmanager
+def processes(device_name: str) -> Iterator[Processes]:
+    """Join the process group when torchrun started this process; leave it at the end."""
+    device = pick_device(device_name)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Processes(0, 1, device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Processes(dist.get_rank(), size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Of the device in bf16, per second, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((value for part, value in _PEAK.items() if part in name), None)
+
+
+class StepGraph:
+    """`step(places) -> loss`, run as one CUDA graph: the host then starts one graph a step instead of hundreds of kernels.
+
+    The first steps run as they are, on a stream of their own as capture asks for: they compile kernels and make the
+    optimiser's state. Where capture fails, all steps do: `failed` is the reason then, else None, and one line in the log says
+    it. Whoever times graphs must look at `failed`.
+    """
+
+    WARMUP = 3
+
+    def __init__(self, step: Callable[[Tensor], Tensor], drop_gradients: Callable[[], None], log: Callable[[str], None]):
+        self.step, self.drop_gradients, self.log, self.calls = step, drop_gradients, log, 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.failed: str | None = None
+
+    def __call__(self, places: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls <= self.WARMUP:
+            stream = torch.cuda.Stream(places.device)
+            stream.wait_stream(torch.cuda.current_stream(places.device))
+            with torch.cuda.stream(stream):
+                loss = self.step(places)
+            torch.cuda.current_stream(places.device).wait_stream(stream)
+            return loss
+        if self.graph is None and self.failed is None:
+            self._capture(places)
+        if self.graph is None:
+            return self.step(places)
+        self.places.copy_(places)
+        self.graph.replay()
+        return self.loss
+
+    def _capture(self, places: Tensor) -> None:
+        self.places = places.clone()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(places.device)
+        try:
+            with torch.cuda.graph(graph):
+                self.loss = self.step(self.places)
+        except Exception as error:  # whatever it is: the same step, run as it is, decides whether it is one of the program
+            self.failed = (str(error).strip() or type(error).__name__).splitlines()[0]
+        else:
+            self.graph = graph
+            return
+        # Where the end of a capture fails too, torch leaves its stream as the current one and the generator waiting for the
+        # end. A clone of the generator's state waits for nothing, and has drawn nothing in the capture. Gradients hold what
+        # no kernel has written, and the next backward would add to them.
+        torch.cuda.set_stream(stream)
+        for generator in torch.cuda.default_generators:
+            generator.graphsafe_set_state(generator.clone_state())
+        self.drop_gradients()
+        self.log(f"no CUDA graph, steps run one kernel at a time: {self.failed}")
+
+
+class Mark:
+    """A moment in the device's work. On a GPU the host does not wait for it until it asks."""
+
+    def __init__(self, device: torch.device):
+        self.event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        if self.event is not None:
+            self.event.record(torch.cuda.current_stream(device))
+        self.time = time.perf_counter()
+
+    def wait(self) -> None:
+        if self.event is not None:
+            self.event.synchronize()
+
+    def since(self, earlier: Mark) -> float:
+        """Seconds from `earlier` to this moment, which both must have passed."""
+        if self.event is None or earlier.event is None:
+            return self.time - earlier.time
+        return earlier.event.elapsed_time(self.event) / 1000
+
+
+__all__ = ["Mark", "Processes", "StepGraph", "peak_flops", "pick_device", "processes"]
