@@ -25,6 +25,7 @@ from wikigpt.data import (
     BPETokenizer,
     ByteTokenizer,
     WordTokenizer,
+    check_context,
     clean_raw,
     detokenize,
     info,
@@ -246,7 +247,7 @@ def test_nothing_is_left_behind_by_a_download_but_the_text(hub):
 def test_without_network_one_line_names_the_ways_out():
     text = message(load_text)
     assert "\n" not in text
-    assert all(way in text for way in ("no route to host", "--data-dir", "WIKIGPT_DATA_DIR", "--dataset auto"))
+    assert all(way in text for way in ("no route to host", "--data-dir", "WIKIGPT_DATA_DIR", "HTTPS_PROXY", "--dataset auto"))
 
 
 def test_a_hub_that_never_answers_is_given_up_in_seconds_without_noise(tmp_path):
@@ -330,10 +331,33 @@ def test_auto_takes_the_local_copy(small):
     assert (text.name, text.fallback, text.splits) == ("wikitext-2", False, SMALL)
 
 
-def test_auto_goes_to_the_hub_where_the_data_folder_has_no_copy_and_says_so(hub, monkeypatch, tmp_path):
+@pytest.mark.parametrize("dataset", ["auto", "wikitext-2", "wikitext-2-raw"])
+@pytest.mark.parametrize("said", ["--data-dir", "WIKIGPT_DATA_DIR"])
+@pytest.mark.parametrize("place", ["nowhere", "empty", "file"])
+def test_nothing_takes_the_place_of_a_data_folder_that_was_named(tmp_path, monkeypatch, dataset, said, place):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("a\n")
+    if said == "WIKIGPT_DATA_DIR":
+        monkeypatch.setenv(said, str(tmp_path / place))
+        text = message(load_text, dataset)
+    else:
+        text = message(load_text, dataset, data_dir=tmp_path / place)
+    assert str(tmp_path / place) in text
+    assert {"nowhere": "is not there", "empty": "found nothing", "file": "is a file, not a folder"}[place] in text
+    assert f"correct {said}, or leave it out" in text
+    assert "\n" not in text
+
+
+def test_auto_takes_the_hubs_text_where_no_folder_is_named(hub, monkeypatch):
     hub("wikitext-2-v1", SMALL)
     accept(monkeypatch, SMALL)
-    assert f"no complete wikitext-2 in {tmp_path}" in load_text("auto", data_dir=tmp_path).origin
+    text = load_text("auto")
+    assert (text.name, text.fallback, text.splits) == ("wikitext-2", False, SMALL)
+
+
+def test_auto_does_not_fall_back_from_a_download_that_is_corrupted(hub):
+    hub("wikitext-2-v1", SMALL).damage = b"x"
+    assert "is corrupted" in message(load_text, "auto")
 
 
 def test_auto_falls_back_to_the_python_manual():
@@ -346,6 +370,8 @@ def test_the_fallback_is_announced_on_stderr_with_the_reason(capsys, monkeypatch
     load_text("auto")
     output = capsys.readouterr()
     assert ("NOT WikiText-2" in output.err, "no route to host" in output.err, output.out) == (True, True, "")
+    assert all(way in output.err for way in ("--data-dir", "WIKIGPT_DATA_DIR", "HTTPS_PROXY"))
+    assert "auto" not in output.err  # it is what runs
 
 
 def test_the_manual_chosen_by_name_is_no_fallback(capsys):
@@ -407,6 +433,21 @@ def test_a_byte_that_is_not_utf8_is_named_with_its_file_and_place(tmp_path):
     text = message(load_text, str(file))
     assert f"{file} is not UTF-8 text (byte 2,003)" in text
     assert "iconv" in text
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_another_unicode_is_named_by_its_byte_order_mark(tmp_path, encoding):
+    file = tmp_path / "windows.txt"
+    file.write_bytes("one\ntwo\nthree\n".encode(encoding))
+    assert f"{file} is {encoding.upper()} text: save it as UTF-8, e.g. iconv -f {encoding} -t utf-8" in message(
+        load_text, str(file)
+    )
+
+
+def test_utf16_without_a_mark_is_not_read_as_a_text_of_zero_bytes(tmp_path):
+    file = tmp_path / "windows.txt"
+    file.write_bytes("one\ntwo\nthree\n".encode("utf-16-le"))
+    assert f"{file} is no text: byte 1 is 0" in message(load_text, str(file))
 
 
 @pytest.mark.parametrize(
@@ -786,6 +827,32 @@ def test_the_cache_follows_xdg_where_nothing_else_is_set(monkeypatch, tmp_path):
 
 def test_an_unknown_tokenizer_is_an_error(small):
     assert "unknown tokenizer 'words': use one of word, bpe, byte" in message(prepare_small, small, tokenizer="words")
+
+
+@pytest.mark.parametrize("settings", [{"tokenizer": "words"}, {"tokenizer": "bpe", "vocab_size": 256}, {"vocab_size": 0}])
+def test_a_tokenizer_that_cannot_be_is_refused_before_a_text_is_sought(settings):
+    assert "cannot download" not in message(prepare, **settings)
+
+
+def test_a_bpe_vocabulary_beyond_what_the_text_has_room_for_costs_no_memory():
+    assert BPETokenizer.train("ab ab\n", 2**31 - 1).vocab == BPETokenizer.train("ab ab\n", 1000).vocab
+
+
+@pytest.mark.parametrize(("context_length", "fits"), [(9, True), (10, False)])
+def test_a_train_split_that_no_context_fits_into_names_one_that_does(small, context_length, fits):
+    dataset = prepare_small(small)  # 19 tokens
+    if fits:
+        check_context(dataset, context_length)
+    else:
+        says = "has 19 tokens, fewer than two contexts of 10; use more text or model.context_length=9"
+        assert says in message(check_context, dataset, context_length)
+
+
+def test_info_leaves_origin_and_unknown_words_to_those_that_have_them(small):
+    output = StringIO()
+    Console(file=output, width=100).print(info(prepare_small(small, tokenizer="byte")))
+    assert "unk" not in output.getvalue()
+    assert str(small) not in output.getvalue()
 
 
 def test_info_is_a_table_of_the_splits(small):

@@ -1,7 +1,7 @@
 """Texts, tokenizers and tokenised data sets. Importing this needs numpy and nothing else."""
 
 from wikigpt.data.sources import Text, clean_raw, load_text
-from wikigpt.data.store import Dataset, SplitStats, info, prepare
+from wikigpt.data.store import Dataset, SplitStats, check_context, info, prepare
 from wikigpt.data.tokenizers import (
     BPETokenizer,
     ByteTokenizer,
@@ -20,6 +20,7 @@ __all__ = [
     "Text",
     "Tokenizer",
     "WordTokenizer",
+    "check_context",
     "clean_raw",
     "detokenize",
     "info",

@@ -4,6 +4,7 @@
 `read` reads, checks and splits. `load_text` is the two together.
 """
 
+import codecs
 import difflib
 import glob
 import hashlib
@@ -19,7 +20,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,7 +77,8 @@ class Source:
 def load_text(dataset: str = "wikitext-2", data_dir: str | Path | None = None, cache_dir: str | Path | None = None) -> Text:
     """The text called `dataset`: "wikitext-2", "wikitext-2-raw", "auto", "pydoc", or a path, folder or glob.
 
-    WikiText-2 is taken from `data_dir` or WIKIGPT_DATA_DIR if one is set, else from the Hub, downloaded once.
+    WikiText-2 is taken from `data_dir` or WIKIGPT_DATA_DIR if one is set, else from the Hub, downloaded once. "auto" is
+    WikiText-2, or the Python manual where neither is set and the Hub cannot be reached.
     Raises UserError for whatever is missing, empty, undecodable, unknown or unreachable.
     """
     return read(locate(dataset, data_dir, cache_dir))
@@ -85,10 +87,18 @@ def load_text(dataset: str = "wikitext-2", data_dir: str | Path | None = None, c
 def locate(dataset: str, data_dir: str | Path | None = None, cache_dir: str | Path | None = None) -> Source:
     """Finds the files of `dataset` (downloading them if need be) and reads none. Raises UserError."""
     if dataset in HUB_CONFIGS or dataset == "auto":
-        folder = data_dir or os.environ.get("WIKIGPT_DATA_DIR")
-        if dataset == "auto":
-            return _auto(folder, cache_dir)
-        return _local(dataset, Path(folder)) if folder else _from_hub(dataset, cache_dir)
+        name = "wikitext-2" if dataset == "auto" else dataset
+        # A folder that was named is meant: nothing takes its place.
+        if data_dir:
+            return _local(name, Path(data_dir), "--data-dir")
+        if folder := os.environ.get("WIKIGPT_DATA_DIR"):
+            return _local(name, Path(folder), "WIKIGPT_DATA_DIR")
+        try:
+            return _from_hub(name, cache_dir)
+        except Unreachable as error:
+            if dataset != "auto":
+                raise UserError(f"{error}, or take whatever text there is with --dataset auto") from None
+            return _manual_instead(error)
     if data_dir:
         raise UserError(
             f"--data-dir belongs to {', '.join(HUB_CONFIGS)} and auto, not to {dataset!r}: "
@@ -124,19 +134,45 @@ def read(source: Source) -> Text:
 
 def _read(path: Path) -> str:
     try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start:,}): convert it, e.g. iconv -f latin1 -t utf-8") from None
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): check the path and its permissions") from None
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
+    text = decode(content, path).replace("\r\n", "\n")
     return text if text.endswith("\n") or not text else text + "\n"
+
+
+def decode(content: bytes, name: str | Path) -> str:
+    """The text of a file in UTF-8, without its byte-order mark. Raises UserError for whatever is not such text."""
+    if (encoding := marked_encoding(content)) is not None:
+        raise UserError(f"{name} is {encoding.upper()} text: save it as UTF-8, e.g. iconv -f {encoding} -t utf-8")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 text (byte {error.start:,}): convert it, e.g. iconv -f latin1 -t utf-8") from None
+    if (place := text.find("\0")) >= 0:
+        place = len(text[:place].encode())
+        raise UserError(
+            f"{name} is no text: byte {place:,} is 0; a UTF-16 file without its mark needs iconv -f utf-16le -t utf-8"
+        )
+    return text.removeprefix("\ufeff")
+
+
+def marked_encoding(content: bytes) -> str | None:
+    """The encoding that a byte-order mark names, if it is not UTF-8. Windows editors write "Unicode" as UTF-16."""
+    for encoding, *marks in (
+        ("utf-32", codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),  # first: the mark of UTF-16 LE begins that of UTF-32 LE
+        ("utf-16", codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+    ):
+        if content.startswith(tuple(marks)):
+            return encoding
+    return None
 
 
 # ---- WikiText-2: a local copy ----
 
 
-def _local(dataset: str, folder: Path) -> Source:
+def _local(dataset: str, folder: Path, said: str) -> Source:
+    """The copy in `folder`, which `said` names: an option or a variable."""
     namings = NAMINGS[::-1] if dataset == "wikitext-2-raw" else NAMINGS[:2]
     folder = folder.expanduser()
     for place in (folder / dataset, folder):  # the published archives unpack to a folder of that name
@@ -145,11 +181,13 @@ def _local(dataset: str, folder: Path) -> Source:
             if all(file.is_file() for [file] in files.values()):
                 return Source(dataset, files, f"local copy {place}")
     names = [[naming.format(split) for split in SPLITS] for naming in namings]
+    remedy = f"correct {said}, or leave it out to download {dataset}"
+    if not folder.is_dir():
+        raise UserError(f"{folder} is {'a file, not a folder' if folder.exists() else 'not there'}: {remedy}")
     present = [name for row in names for name in row if (folder / name).is_file()]
     raise UserError(
         f"no complete {dataset} in {folder} (found {' '.join(present) or 'nothing'}; looked for "
-        f"{', or '.join(map(' '.join, names))}): "
-        "correct --data-dir or WIKIGPT_DATA_DIR, or leave out both to download it"
+        f"{', or '.join(map(' '.join, names))}): {remedy}"
     )
 
 
@@ -163,6 +201,10 @@ def _sha256(content: bytes) -> str:
 
 
 # ---- WikiText-2: the Hub ----
+
+
+class Unreachable(UserError):
+    """The Hub did not answer, or not with the text."""
 
 
 def _from_hub(dataset: str, cache_dir: str | Path | None) -> Source:
@@ -197,9 +239,9 @@ def _download(dataset: str) -> dict[str, bytes]:
             raise
         except Exception as error:  # three generations of HTTP libraries below, with no base class in common
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-            raise UserError(
-                f"cannot download {dataset} from the Hugging Face Hub ({reason}): give a local copy with "
-                "--data-dir or WIKIGPT_DATA_DIR, or use --dataset auto"
+            raise Unreachable(
+                f"cannot download {dataset} from the Hugging Face Hub ({reason}): give a local copy with --data-dir or "
+                "WIKIGPT_DATA_DIR, or name a proxy in HTTPS_PROXY"
             ) from None
         # The Hub's rows are the original file's lines with their line ends, except that a line of white space
         # is "" there. In the original files all such lines are " \n", so this restores them byte for byte.
@@ -258,28 +300,15 @@ _MANUAL = "the Python manual (pydoc_data.topics) of this machine"
 _WORD = re.compile(r"\d+\.\d+|\w+(?:['\u2019]\w+)*|([^\w\s])\1*")
 
 
-def _auto(folder: str | Path | None, cache_dir: str | Path | None) -> Source:
-    reasons = []
-    if folder:
-        try:
-            return _local("wikitext-2", Path(folder))
-        except UserError as error:
-            reasons.append(str(error))
-    try:
-        source = _from_hub("wikitext-2", cache_dir)
-        return replace(source, origin=source.origin + "".join(f" ({reason})" for reason in reasons))
-    except UserError as error:
-        reasons.append(str(error))
+def _manual_instead(reason: UserError) -> Source:
+    """The manual, with a notice on stderr that says why."""
     from rich.console import Console
     from rich.panel import Panel
     from rich.text import Text as Plain
 
-    notice = "\n".join(
-        [
-            "The text is the Python manual (pydoc_data.topics), a few hundred kilobytes.",
-            "Good to see everything run; its results compare with nothing published.",
-            *(f"- {reason}" for reason in reasons),
-        ]
+    notice = (
+        "The text is the Python manual (pydoc_data.topics), a few hundred kilobytes.\n"
+        f"Good to see everything run; its results compare with nothing published.\nWhy: {reason}."
     )
     Console(stderr=True).print(Panel(Plain(notice), title="NOT WikiText-2", border_style="bold red"))
     return Source("pydoc", {}, _MANUAL, fallback=True)

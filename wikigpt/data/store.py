@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wikigpt.data.sources import SPLITS, Source, cache_root, locate, publish, read
-from wikigpt.data.tokenizers import BPE_VOCAB_SIZE, Tokenizer, tokenizer_from_json, train_tokenizer
+from wikigpt.data.tokenizers import BPE_VOCAB_SIZE, Tokenizer, check_tokenizer, tokenizer_from_json, train_tokenizer
 from wikigpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ def prepare(
     settings: Any = [tokenizer, BPE_VOCAB_SIZE if tokenizer == "bpe" and vocab_size is None else vocab_size]
     if tokenizer_json is not None:
         settings = tokenizer_from_json(tokenizer_json).fingerprint()
+    else:
+        check_tokenizer(tokenizer, vocab_size)  # before anything is downloaded
     source = locate(dataset, data_dir, cache_dir)
     key = hashlib.sha256(json.dumps([_VERSION, source.key(), settings]).encode()).hexdigest()[:24]
     directory = cache_root(cache_dir) / "tokens" / key
@@ -78,17 +80,33 @@ def prepare(
     raise UserError(f"{directory} keeps changing: remove it, or set WIKIGPT_CACHE_DIR to another folder")
 
 
+def check_context(dataset: Dataset, context_length: int) -> None:
+    """Raises UserError where the train split is too short to be cut into blocks of context_length, as training does."""
+    tokens = len(dataset.tokens["train"])
+    if tokens < 2 * context_length + 1:
+        longest = (tokens - 1) // 2
+        remedy = f"use more text or model.context_length={longest}" if longest > 1 else "use more text"
+        raise UserError(
+            f"the train split of {dataset.name} has {tokens:,} tokens, fewer than two contexts of {context_length:,}; {remedy}"
+        )
+
+
 def info(dataset: Dataset) -> "Table":
-    """A table of the splits: lines, words, tokens, types, share of <unk>, bytes."""
+    """A table of the splits: lines, words, tokens, types, share of <unk> (of words alone: the others have none), bytes.
+
+    Where the text is from is `dataset.origin`, and not in the table.
+    """
     from rich.table import Table
 
-    title = f"{dataset.name}, {dataset.tokenizer.kind} vocabulary of {dataset.tokenizer.vocab_size:,}"
-    table = Table("split", title=title, caption=dataset.origin)
-    for column in ("lines", "words", "tokens", "types", "<unk> %", "bytes"):
+    words = dataset.tokenizer.kind == "word"
+    columns = ["lines", "words", "tokens", "types", *(["<unk> %"] if words else []), "bytes"]
+    table = Table("split", title=f"{dataset.name}, {dataset.tokenizer.kind} vocabulary of {dataset.tokenizer.vocab_size:,}")
+    for column in columns:
         table.add_column(column, justify="right")
     for split, stats in dataset.stats.items():
         counts = [f"{count:,}" for count in (stats.lines, stats.words, stats.tokens, stats.types)]
-        table.add_row(split, *counts, f"{100 * stats.unk / stats.tokens:.2f}", f"{stats.bytes:,}")
+        unknown = [f"{100 * stats.unk / stats.tokens:.2f}"] if words else []
+        table.add_row(split, *counts, *unknown, f"{stats.bytes:,}")
     return table
 
 

@@ -18,7 +18,8 @@ from wikigpt.data.sources import join_escapes, tidy_headings
 from wikigpt.errors import UserError
 
 UNK, EOS = "<unk>", "<eos>"
-KINDS = ("word", "bpe", "byte")
+SMALLEST = {"word": 2, "bpe": 257, "byte": 257}  # vocabulary: <unk> and <eos>; the bytes and <eos>
+KINDS = tuple(SMALLEST)
 BPE_VOCAB_SIZE = 8192
 _CHUNK = 4096  # lines that are encoded at a time, to bound what the encodings hold in memory
 
@@ -105,8 +106,7 @@ class WordTokenizer(Tokenizer):
 
         <unk> and <eos> always; `vocab_size` types at most. Raises UserError for a vocab_size below 2.
         """
-        if vocab_size is not None and vocab_size < 2:
-            raise UserError(f"a word vocabulary of {vocab_size} is too small: it needs 2 (<unk> and <eos>) and words")
+        check_tokenizer("word", vocab_size)
         counts = Counter(_words(text))
         counts.update({UNK: 0, EOS: 0})
         words = [word for word, count in counts.most_common() if count >= min_count and word not in (UNK, EOS)]
@@ -165,8 +165,9 @@ class BPETokenizer(Tokenizer):
         from tokenizers.trainers import BpeTrainer
 
         vocab_size = BPE_VOCAB_SIZE if vocab_size is None else vocab_size
-        if vocab_size < 257:
-            raise UserError(f"a BPE vocabulary of {vocab_size} is too small: it needs 257 (the bytes and <eos>)")
+        check_tokenizer("bpe", vocab_size)
+        # No text has more merges than characters, and the trainer makes room for as many tokens as it is told.
+        vocab_size = min(vocab_size, 257 + 4 * len(text))
         model = Model(BPE())
         model.pre_tokenizer = ByteLevel(add_prefix_space=False)
         trainer = BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
@@ -236,17 +237,27 @@ def train_tokenizer(kind: str, text: str, vocab_size: int | None = None) -> Toke
 
     Raises UserError for an unknown kind or an impossible vocab_size.
     """
+    check_tokenizer(kind, vocab_size)
     if kind == "word":
         # A model has to meet <unk> in training to predict it. WikiText contains it; in other text, words that
         # occur once are left to it.
         return WordTokenizer.train(text, vocab_size, min_count=1 if UNK in text else 2)
     if kind == "bpe":
         return BPETokenizer.train(text, vocab_size)
-    if kind != "byte":
-        raise UserError(f"unknown tokenizer {kind!r}: use one of {', '.join(KINDS)}")
-    if vocab_size not in (None, ByteTokenizer.vocab_size):
-        raise UserError(f"the byte vocabulary has 257 tokens, not {vocab_size}: leave out the vocabulary size")
     return ByteTokenizer()
+
+
+def check_tokenizer(kind: str, vocab_size: int | None) -> None:
+    """Raises UserError for an unknown kind or an impossible vocab_size, before any text is read."""
+    if kind not in KINDS:
+        raise UserError(f"unknown tokenizer {kind!r}: use one of {', '.join(KINDS)}")
+    if vocab_size is None:
+        return
+    if kind == "byte" and vocab_size != ByteTokenizer.vocab_size:
+        raise UserError(f"the byte vocabulary has 257 tokens, not {vocab_size}: leave out the vocabulary size")
+    if vocab_size < SMALLEST[kind]:
+        needs = "2 (<unk> and <eos>) and words" if kind == "word" else "257 (the bytes and <eos>)"
+        raise UserError(f"a {kind} vocabulary of {vocab_size} is too small: it needs {needs}")
 
 
 def tokenizer_from_json(content: dict[str, Any]) -> Tokenizer:
