@@ -11,7 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.conftest import assert_as_accurate_as
 from wikigpt import kernels
-from wikigpt.model import ACTIVATIONS, GPT, NORMS, POSITIONS, GPTConfig
+from wikigpt.config import ACTIVATIONS, NORMS, POSITIONS
+from wikigpt.errors import UserError
+from wikigpt.model import GPT, GPTConfig, check_backend
 
 VOCAB, CONTEXT = 61, 16
 
@@ -213,6 +215,26 @@ def test_a_backend_that_does_not_exist_here_says_why():
         make(backend="cuda")(tokens())
 
 
+def test_a_backend_that_cannot_run_is_refused_before_a_model_is_made(monkeypatch):
+    for name in ("cuda", "cpu", "cudnn", *(() if kernels._dispatch.interpreting() else ("triton",))):
+        with pytest.raises(UserError, match=f"^backend: (got )?'{name}'"):
+            check_backend(name, "cpu")
+        monkeypatch.setattr(kernels._dispatch, "_forced", name)  # as WIKIGPT_BACKEND sets it
+        for unset in (None, "auto"):
+            with pytest.raises(UserError, match=f"^WIKIGPT_BACKEND: (got )?'{name}'"):
+                check_backend(unset, "cpu")
+        check_backend("torch", "cpu")  # the model's own setting goes before
+        monkeypatch.undo()
+    for name in (None, "auto", "torch", "reference"):
+        check_backend(name, "cpu", "adamw", "sample")
+
+
+def test_an_op_outside_the_model_follows_the_environment_alone(monkeypatch):
+    monkeypatch.setattr(kernels._dispatch, "_forced", "cuda")
+    with pytest.raises(UserError, match=r"^WIKIGPT_BACKEND: 'cuda' cannot compute sample on cpu: .*; use auto"):
+        check_backend("torch", "cpu", "sample")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_loss_is_the_mean_cross_entropy_of_the_logits(dtype):
     model, idx, targets = make(dtype), tokens(), tokens(2)
@@ -375,6 +397,10 @@ def test_the_first_loss_is_that_of_a_uniform_guess():
         ({"position": "rotary", "head_dim": 7}, "^head_dim: got 7, rotary positions need an even one"),
         ({"dropout": 1.0}, "^dropout: got 1.0, must be at least 0 and below 1"),
         ({"dropout": -0.1}, "^dropout: got -0.1"),
+        ({"dropout": float("nan")}, "^dropout: got nan"),
+        ({"norm_eps": 0.0}, "^norm_eps: got 0.0, must be above 0 and at most 1"),
+        ({"rope_theta": float("inf")}, "^rope_theta: got inf, must be above 0, and finite"),
+        ({"n_embd": 2**31}, "^n_embd: got 2147483648, must be from 1 to 2147483647"),
         ({"head_dim": 0}, "^head_dim: got 0"),
         ({"intermediate_size": 0}, "^intermediate_size: got 0"),
     ],

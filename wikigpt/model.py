@@ -6,9 +6,7 @@ C = n_embd, V = vocab_size.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,59 +15,29 @@ from torch import Tensor, nn
 
 import wikigpt.kernels as kernels
 
-POSITIONS = ("learned", "rotary", "alibi")
-NORMS = ("layernorm", "rmsnorm")
-ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
+from .config import GPTConfig
+from .errors import UserError
+from .kernels._dispatch import choose
+
+# What any GPT computes with, its loss included.
+_OPS = ("attention", "flash_attention", "layer_norm", "rms_norm", "bias_gelu", "swiglu", "rotary", "linear_cross_entropy")
 
 
-@dataclass
-class GPTConfig:
-    vocab_size: int = 33278
-    context_length: int = 256
-    n_layer: int = 6
-    n_head: int = 8
-    n_kv_head: int | None = None  # None: as n_head; fewer: grouped-query attention (Ainslie et al. 2023)
-    n_embd: int = 512
-    head_dim: int | None = None  # None: n_embd / n_head
-    intermediate_size: int | None = None  # None: 4 * n_embd, for swiglu 8/3 * n_embd rounded up to a multiple of 32
-    position: str = "learned"  # learned | rotary | alibi
-    norm: str = "layernorm"  # layernorm | rmsnorm
-    activation: str = "gelu_tanh"  # gelu | gelu_tanh | swiglu
-    bias: bool = True  # biases of the linear layers and of LayerNorm
-    tie_embeddings: bool = True  # the output head is the token embedding
-    dropout: float = 0.0
-    norm_eps: float = 1e-5
-    rope_theta: float = 10_000.0
-    backend: str = "auto"  # which kernels: auto | reference | torch | triton
+def check_backend(name: str | None, device_type: str, *more: str) -> None:
+    """Raises UserError where a GPT, or one of the ops named in `more`, cannot run with this backend on a type of device.
 
-    def __post_init__(self) -> None:
-        if self.n_kv_head is None:
-            self.n_kv_head = self.n_head
-        sizes = ("vocab_size", "context_length", "n_layer", "n_head", "n_kv_head", "n_embd")
-        for name in (*sizes, "head_dim", "intermediate_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, must be 1 or more")
-        for name, allowed in (("position", POSITIONS), ("norm", NORMS), ("activation", ACTIVATIONS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed are {', '.join(allowed)}")
-        if self.backend not in kernels.BACKENDS:
-            raise ValueError(f"backend: got {self.backend!r}, allowed are {', '.join(kernels.BACKENDS)}")
-        if self.head_dim is None:
-            if self.n_embd % self.n_head:
-                raise ValueError(f"n_head: {self.n_head} does not divide n_embd {self.n_embd}; give head_dim")
-            self.head_dim = self.n_embd // self.n_head
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_kv_head: {self.n_kv_head} does not divide n_head {self.n_head}")
-        if self.position == "rotary" and self.head_dim % 2:
-            raise ValueError(f"head_dim: got {self.head_dim}, rotary positions need an even one")
-        if self.intermediate_size is None:
-            wide = -(-8 * self.n_embd // 96) * 32
-            self.intermediate_size = wide if self.activation == "swiglu" else 4 * self.n_embd
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout: got {self.dropout}, must be at least 0 and below 1")
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+    `name` is that of the configuration. None and "auto" leave the choice to WIKIGPT_BACKEND, which is then checked.
+    """
+    for op in (*_OPS, *more):
+        # The ops of `more` are called without a backend: they follow WIKIGPT_BACKEND alone.
+        explicit = op in _OPS and name not in (None, "auto")
+        said = "backend" if explicit else "WIKIGPT_BACKEND"
+        try:
+            choose(op, device_type, name if explicit else None)
+        except ValueError as error:
+            raise UserError(f"{said}: {str(error).removeprefix('backend: ')}") from None
+        except RuntimeError as error:
+            raise UserError(f"{said}: {str(error).removeprefix('backend ')}; use auto, torch or reference") from None
 
 
 class KVCache:
@@ -326,4 +294,4 @@ class GPT(nn.Module):
         hub.save_pretrained(self, directory, tokenizer)
 
 
-__all__ = ["GPT", "GPTConfig", "KVCache"]
+__all__ = ["GPT", "GPTConfig", "KVCache", "check_backend"]
