@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from wikigpt.kernels import FusedAdamW
+from wikigpt.kernels.roofline import parameters_in_words
 
 from wikigpt import kernels
 from wikigpt.model import GPT, GPTConfig
@@ -128,7 +129,7 @@ def problem(case: Case, device: str) -> Problem:
 
     return Problem(
         op=f"AdamW with clipping{', with the time of the host' if case.host and device == 'cuda' else ''}",
-        shape=f"{count / 1e6:,.0f}M parameters in {len(of_case)} tensors",
+        shape=f"{parameters_in_words(count)} in {len(of_case)} tensors",
         call=call,
         check=check,
         bytes=32 * count,

@@ -40,6 +40,9 @@ GROUP_SECONDS = {
 }  # after these a group takes 3 rounds at least and no more
 
 
+INSTALL = 'pip install --no-build-isolation ".[bench]"'
+
+
 @dataclass(frozen=True)
 class Peer:
     """An implementation. `make` imports or compiles it when its first row is measured."""
@@ -53,7 +56,7 @@ class Peer:
         if self.device is not None and self.device != device:
             return "waits for a GPU" if self.device == "cuda" else f"runs on {self.device} alone"
         if self.package is not None and importlib.util.find_spec(self.package) is None:
-            return "not installed (pip install 'wikigpt[bench]')"
+            return f"not installed ({INSTALL})"
         return None
 
 
@@ -97,6 +100,7 @@ class Row:
     columns: dict[str, str] = field(default_factory=dict)  # for people
     cannot: str | None = None  # it does not compute this
     wrong: str | None = None  # it computes something else, or is ours and breaks the numeric rule: it is timed all the same
+    file: str = ""  # of the benchmark, for people: "norm"
 
     @property
     def group(self) -> str:
@@ -311,6 +315,7 @@ class Measure:
 
     def finish(self, row: Row) -> None:
         """Hand a row to pytest-benchmark and to the tables; an error for a wrong result."""
+        row.file = file_of(self.request.module.__name__)
         self.report.rows.append(row)
         if row.cannot is not None:
             pytest.skip(f"{row.name} does not compute {row.group}: {row.cannot}")
@@ -323,10 +328,16 @@ class Measure:
             pytest.fail(row.wrong, pytrace=False)
 
 
+def file_of(module: str) -> str:
+    """What a benchmark is called: "norm" for bench.bench_norm."""
+    return module.rpartition(".")[2].removeprefix("bench_")
+
+
 @dataclass
 class Report:
     """What a session of pytest has measured."""
 
+    sizes: str = "default"
     groups: dict[Any, dict[str, Row]] = field(default_factory=dict)
     errors: dict[Any, str] = field(default_factory=dict)  # group -> why it has no rows
     late: set[str] = field(default_factory=set)  # rows left out when time was over
@@ -349,11 +360,11 @@ class Report:
         """Rows to the journal, and one line to whoever looks on."""
         for row in rows.values():
             self.journal(row, case)
-        self.say(line_of(rows))
+        self.say(line_of(rows, ratios=self.sizes != "smoke"))
 
 
-def line_of(rows: Mapping[str, Row]) -> str:
-    """A group in one line: time and rate of ours, how many times as long each peer takes, what is wrong."""
+def line_of(rows: Mapping[str, Row], ratios: bool = True) -> str:
+    """A group in one line: time and rate of ours, how many times as long each peer takes (or how long), what is wrong."""
     group = next(iter(rows.values())).group
     if FAKE:  # times of a fake GPU are no figures
         how = [f"{name} {row.wrong or row.cannot or 'ran'}" for name, row in rows.items()]
@@ -363,8 +374,8 @@ def line_of(rows: Mapping[str, Row]) -> str:
     for name, row in rows.items():
         if row.samples is None:
             shown.append(f"{name} {'FAILS' if row.wrong else 'cannot'}")
-        elif name == "ours" or base is None:
-            rate = ", ".join(f"{row.columns[key]} {key}" for key in RATES if key in row.columns)
+        elif name == "ours" or base is None or not ratios:
+            rate = ", ".join(f"{row.columns[key]} {key}" for key in RATES if key in row.columns) if ratios else ""
             shown.append(f"{name} {row.samples.median * 1e3:.4g} ms{', ' if rate else ''}{rate}")
         else:
             shown.append(f"{name} {row.samples.median / base:.2f}x")

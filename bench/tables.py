@@ -1,16 +1,24 @@
-"""The tables at the end of `pytest bench/`: every row, then how we stand against each peer."""
+"""What `pytest bench/` prints at its end: every row, who is not here, how we stand against each peer, and last what is wrong.
+
+Nothing is wider than the terminal or 100 columns: columns that do not fit are left out, and stand in --benchmark-json=FILE. At
+smoke sizes there are no tables (unless -v asks for them) and no ratios: how many results are right is all that they can tell.
+"""
 
 from __future__ import annotations
 
 import math
+import shutil
 import statistics
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.table import Table
 
 from .suite import Report, Row, ours
+
+WIDTH = 100
+SMOKE = "smoke sizes: not worth quoting"
 
 
 @dataclass(frozen=True)
@@ -63,67 +71,164 @@ def standings(medians: Iterable[tuple[str, str, str, float]]) -> list[Standing]:
     ]
 
 
-def print_tables(report: Report) -> None:
-    console = Console(width=150, highlight=False)
-    measured = [row for row in report.rows if row.samples is not None]
-    for op in dict.fromkeys(row.op for row in measured):
-        console.print(_rows([row for row in measured if row.op == op]))
-    against = standings((row.op, row.shape, row.name, row.samples.median) for row in measured if row.samples)
-    if against:
-        console.print(_summary(against))
-    for row in report.rows:
-        if row.wrong is not None:
-            console.print(f"WRONG  {row.wrong}", markup=False)
-    for reason, tests in report.missing.items():
-        console.print(f"{reason}:", markup=False)
-        for test, names in tests.items():
-            console.print(f"  {test}: {' | '.join(sorted(names))}", markup=False)
-    if any(row.samples and row.samples.with_host for row in measured):
-        console.print("* waits for the device itself: the time holds the host's part")
+def width() -> int:
+    """Of what is printed: that of the terminal, and at most 100."""
+    return max(40, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))
 
 
 def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.4g}"
 
 
-def _rows(rows: list[Row]) -> Table:
-    extra = list(dict.fromkeys(key for row in rows for key in row.columns))
-    table = Table(title=f"{rows[0].op}, on {rows[0].info['device']}", title_justify="left", pad_edge=False)
-    for name in ("shape", "implementation"):
-        table.add_column(name)
-    for name in ("median ms", "± iqr", *extra, "time / ours"):
-        table.add_column(name, justify="right")
+def print_tables(report: Report, device: str, verbose: bool = False) -> None:
+    console = Console(width=width(), highlight=False, markup=False, emoji=False, soft_wrap=True)
+    measured = [row for row in report.rows if row.samples is not None]
+    smoke = report.sizes == "smoke"
+    if verbose or not smoke:
+        for file in dict.fromkeys(row.file for row in measured):
+            _print_rows(console, [row for row in measured if row.file == file], f"{file}, on {device}", smoke)
+        if any(row.samples and row.samples.with_host for row in measured):
+            console.print("* waits for the device itself: the time holds the host's part")
+    _print_left_out(console, report)
+    if smoke or not measured:
+        _print_counts(console, report, device)
+    else:
+        _print_standings(console, standings((r.op, r.shape, r.name, r.samples.median) for r in measured if r.samples), device)
+    _print_wrong(console, report)
+
+
+def _title(console: Console, text: str) -> None:
+    console.print(f"\n{text}", style="bold")
+
+
+def _paragraph(console: Console, text: str, indent: str = "", style: str | None = None) -> None:
+    console.print(textwrap.fill(text, console.width, initial_indent=indent, subsequent_indent=f"{indent}  "), style=style)
+
+
+# --- every row ----------------------------------------------------------------------------------------------------------
+
+NAME = 24  # columns that the names of implementations have at least
+# The first that have to go where there is no room for all.
+DISPENSABLE = ("spread", "peak MiB", "extra MiB")
+
+
+def _cells(members: list[Row], smoke: bool) -> list[dict[str, str]]:
+    """What is shown of each implementation of one problem."""
+    base = next((row.samples.median for row in members if row.name == "ours" and row.samples), None)
+    found = []
+    for row in members:
+        assert row.samples is not None
+        seconds, median = row.samples.seconds, row.samples.median
+        q1, _, q3 = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [0.0] * 3
+        cells = {"ms": milliseconds(median), "spread": f"{(q3 - q1) / median:.0%}" if median else "", **row.columns}
+        if base is not None and row.name != "ours" and not smoke:
+            cells["time / ours"] = f"{median / base:.2f}x"
+        found.append(cells | ({"": "WRONG"} if row.wrong is not None else {}))
+    return found
+
+
+def _print_rows(console: Console, rows: list[Row], title: str, smoke: bool) -> None:
+    """The problem on a line of its own, its implementations under it."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(row.shape, []).append(row)
-    for shape, members in groups.items():
-        base = next((row.samples.median for row in members if row.name == "ours" and row.samples), None)
-        for i, row in enumerate(members):
-            assert row.samples is not None
-            quartiles = statistics.quantiles(row.samples.seconds, n=4) if len(row.samples.seconds) > 1 else [0.0] * 3
-            factor = "" if base is None or row.name == "ours" else f"{row.samples.median / base:.2f}x"
-            table.add_row(
-                shape if i == 0 else "", row.name + ("*" if row.samples.with_host else ""),
-                milliseconds(row.samples.median), milliseconds(quartiles[2] - quartiles[0]),
-                *(row.columns.get(key, "") for key in extra), factor,
-                style="bold" if row.name == "ours" else None, end_section=i == len(members) - 1,
-            )  # fmt: skip
-    return table
+        groups.setdefault(row.group, []).append(row)
+    cells = {group: _cells(members, smoke) for group, members in groups.items()}
+    found = list(dict.fromkeys(key for of_group in cells.values() for of_row in of_group for key in of_row))
+    shown = [key for key in found if key not in ("time / ours", "")] + [key for key in ("time / ours", "") if key in found]
+    wide = {key: max(len(key), *(len(of_row.get(key, "")) for g in cells.values() for of_row in g)) + 2 for key in shown}
+    while sum(wide[key] for key in shown) + NAME > console.width and len(shown) > 1:
+        shown.remove(next((key for key in DISPENSABLE if key in shown), shown[1]))
+    longest = max(len(row.name) for row in rows) + 3
+    room = min(longest, console.width - sum(wide[key] for key in shown))
+    _title(console, f"{title}: {SMOKE}" if smoke else title)
+    console.print((" " * room + "".join(key.rjust(wide[key]) for key in shown)).rstrip())
+    for group, members in groups.items():
+        _paragraph(console, group)
+        for row, of_row in zip(members, cells[group]):
+            name = row.name + ("*" if row.samples and row.samples.with_host else "")
+            first, *others = textwrap.wrap(name, room, initial_indent="  ", subsequent_indent="    ")
+            line = first.ljust(room) + "".join(of_row.get(key, "").rjust(wide[key]) for key in shown)
+            style = "bold red" if row.wrong is not None else "bold" if row.name == "ours" else None
+            console.print("\n".join([line.rstrip(), *others]), style=style)
 
 
-def _summary(against: list[Standing]) -> Table:
-    table = Table(title="Time of each peer / time of ours", title_justify="left", pad_edge=False)
-    for name in ("operation", "peer"):
-        table.add_column(name)
-    for name in ("cells", "geometric mean", "worst", "best"):
-        table.add_column(name, justify="right")
-    table.add_column("worst cell")
-    before = None
-    for standing in against:
-        shape, worst = standing.worst
-        table.add_row(
-            standing.op if standing.op != before else "", standing.peer, str(len(standing.ratios)), f"{standing.mean:.2f}x",
-            f"{worst:.2f}x", f"{standing.best[1]:.2f}x", shape, style="red" if standing.mean < 1 else None,
-        )  # fmt: skip
-        before = standing.op
-    return table
+# --- the end ------------------------------------------------------------------------------------------------------------
+
+
+def _print_left_out(console: Console, report: Report) -> None:
+    """Why there are fewer rows than implementations, a line for each reason."""
+    lines = [
+        f"{reason}: {'; '.join(sorted({name for names in tests.values() for name in names}, key=str.lower))}"
+        for reason, tests in report.missing.items()
+    ]
+    unable: dict[tuple[str, str], int] = {}
+    for row in report.rows:
+        if row.cannot is not None:
+            unable[row.name, row.cannot] = unable.get((row.name, row.cannot), 0) + 1
+    lines += [f"{name} cannot, in {count} of the problems: {reason}" for (name, reason), count in unable.items()]
+    if report.late:
+        lines.append(f"the time limit had passed: {len(report.late)} rows")
+    if lines:
+        _title(console, "Not compared")
+        for line in lines:
+            _paragraph(console, line, "  ")
+
+
+def _print_counts(console: Console, report: Report, device: str) -> None:
+    """For each file how many results are right: all that problems too small for a ratio can tell."""
+    files = list(dict.fromkeys(row.file for row in report.rows))
+    if not files:
+        return
+    _title(console, f"Is every result right, on {device}{f' ({SMOKE})' if report.sizes == 'smoke' else ''}")
+    room = max(map(len, files)) + 2
+    console.print(" " * room + "problems   right   wrong   ours, ms")
+    for file in files:
+        rows = [row for row in report.rows if row.file == file]
+        wrong = sum(row.wrong is not None for row in rows)
+        right = sum(row.wrong is None and row.cannot is None for row in rows)
+        times = sorted(row.samples.median for row in rows if row.name == "ours" and row.samples)
+        took = " to ".join(dict.fromkeys(f"{seconds * 1e3:.2g}" for seconds in (times[:1] + times[-1:])))
+        line = f"{file.ljust(room)}{len({row.group for row in rows}):8}{right:8}{wrong:8}   {took}"
+        console.print(line.rstrip(), style="bold red" if wrong else None)
+
+
+def _print_standings(console: Console, found: list[Standing], device: str) -> None:
+    """Against each peer in each operation; what is slower once more under it."""
+    found = [standing for standing in found if standing.op != EVERYTHING]
+    if not found:
+        return
+    _title(console, f"Time of each peer / time of ours, on {device}: above 1 ours is faster")
+    room = min(max(len(standing.peer) for standing in found) + 3, console.width - 46)
+    console.print(" " * room + "shapes    mean   worst    best")
+    for op in dict.fromkeys(standing.op for standing in found):
+        console.print(op)
+        for standing in (standing for standing in found if standing.op == op):
+            shape, worst = standing.worst
+            numbers = f"{len(standing.ratios):6}{standing.mean:7.2f}x"
+            if len(standing.ratios) > 1:
+                numbers += f"{worst:7.2f}x{standing.best[1]:7.2f}x"
+            first, *others = textwrap.wrap(standing.peer, room, initial_indent="  ", subsequent_indent="    ")
+            line = first.ljust(room) + numbers
+            slower = standing.mean < 1
+            remark = "  ours is slower" if slower else ""
+            if len(standing.ratios) > 1 and len(f"{line}{remark}  worst: {shape}") <= console.width:
+                remark += f"  worst: {shape}"
+            console.print("\n".join([line + remark, *others]), style="red" if slower else None)
+    losses = sum(standing.mean < 1 for standing in found)
+    console.print(f"\nOurs is slower in {losses or 'none'} of these {len(found)} lines.")
+
+
+def _print_wrong(console: Console, report: Report) -> None:
+    """Last, as nothing above it counts where it stands."""
+    wrong = [row.wrong for row in report.rows if row.wrong is not None]
+    failed = [f"{file.removeprefix('bench.')}, {case}: {error}" for (file, _, case), error in report.errors.items()]
+    if not wrong and not failed:
+        return
+    console.print()
+    console.rule("WRONG", style="bold red", characters="=")
+    for reason in [*wrong, *failed]:
+        first, *others = reason.splitlines()
+        _paragraph(console, f"WRONG  {first}", style="bold red")
+        for line in others:
+            _paragraph(console, line, "       ")
+    console.print(f"{len(wrong)} of {len(report.rows)} results are wrong, {len(failed)} groups failed", style="bold red")

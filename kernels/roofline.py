@@ -138,6 +138,12 @@ def sampling(b: int, v: int, size: int = 4) -> Work:
     return Work(b * v * size, 4 * b * v, tensor=False)
 
 
+def parameters_in_words(count: int) -> str:
+    """As the benchmarks name the size of a model: "124M parameters", "41k parameters"."""
+    number, unit = (count / 1e6, "M") if count >= 1e6 else (count / 1e3, "k") if count >= 1e3 else (count, "")
+    return f"{number:,.0f}{unit} parameters"
+
+
 @dataclass(frozen=True)
 class Case:
     """A shape of the benchmarks. group: what bench/bench_<op>.py calls it, under which a result is looked up."""
@@ -208,7 +214,7 @@ def _other_cases() -> Iterator[Case]:
         group = f"cross-entropy, forward and backward, {n:,} x {v:,}"
         yield Case("cross_entropy", f"forward and backward, {n:,} x {v:,}", work, group)
     for parameters, tensors in ((10_121_216, 76), (124_439_808, 148), (1_017_302_272, 292)):
-        shape = f"{parameters / 1e6:,.0f}M parameters in {tensors} tensors"
+        shape = f"{parameters_in_words(parameters)} in {tensors} tensors"
         yield Case("adamw", f"{shape}, float32, with clipping", adamw(parameters), f"AdamW with clipping, {shape}")
     for b, v in ((1, 128256), (64, 128256)):
         yield Case("sampling", f"{b} x {v:,}, float32", sampling(b, v), f"sample, top_p 0.9, {b:,} x {v:,}")

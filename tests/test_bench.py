@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -11,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from wikigpt.kernels.roofline import parameters_in_words
 
 from bench import LOST_DEVICE, bench_training, records, suite
-from bench.suite import Peer, Problem, measure_group, plain
-from bench.timing import take_turns
+from bench.suite import Peer, Problem, Report, Row, measure_group, plain
+from bench.tables import print_tables
+from bench.timing import Samples, take_turns
 from tests.conftest import ROOT
 
 
@@ -183,3 +187,126 @@ def test_a_group_that_loses_the_device_is_told_and_a_new_process_goes_on_behind_
     rows = records.fold(records.read_lines(journal))["ops/lost"]["rows"]
     assert [("median" in row, row.get("lost", False)) for row in rows] == [(True, False), (False, True), (True, False)]
     assert "illegal memory access" in rows[1]["wrong"]
+
+
+# --- what is printed ----------------------------------------------------------------------------------------------------
+
+
+def a_row(file: str, op: str, shape: str, name: str, seconds: float, **more: Any) -> Row:
+    columns = {"TFLOP/s": "0.0346", "of matmul": "84%", "peak MiB": "12,345.6", "extra MiB": "1.0", "of logits": "200.0%"}
+    return Row(op, shape, name, Samples([seconds] * 5), columns=columns, file=file, **more)
+
+
+def a_report(sizes: str = "default") -> Report:
+    """Long names and two shapes, where ours loses against one peer."""
+    peers = {"ours": 2e-3, "plain PyTorch, vocabulary padded, compiled": 1e-3, "reference": 9e-3}
+    shapes = ("6 layers x 512, 32 x 512 tokens, vocabulary 33,278", "12 layers x 768, 8 x 1,024 tokens, vocabulary 50,257")
+    found = [a_row("training", "training step, bf16", shape, name, time) for shape in shapes for name, time in peers.items()]
+    missing = {f"waits for a {i}": {f"file {j}": {"FlexAttention", f"peer {j}"} for j in range(8)} for i in ("GPU", "TPU")}
+    return Report(sizes=sizes, rows=found, missing=missing)
+
+
+def printed(report: Report, capsys: Any, monkeypatch: Any, columns: int = 100, **options: Any) -> list[str]:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    print_tables(report, "cpu", **options)
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100, 200])
+def test_tables_fit_the_terminal_and_a_hundred_columns(columns, capsys, monkeypatch):
+    for sizes in ("default", "smoke"):
+        lines = printed(a_report(sizes), capsys, monkeypatch, columns, verbose=True)
+        assert max(map(len, lines)) <= min(columns, 100)
+    assert any(re.search(r"ours +2 ", line) for line in lines), "the time is shown however little room there is"
+
+
+def test_a_shape_is_said_once_and_the_summary_comes_behind_all_rows(capsys, monkeypatch):
+    lines = printed(a_report(), capsys, monkeypatch)
+    (shape,) = [i for i, line in enumerate(lines) if line.startswith("training step, bf16, 6 layers")]
+    (summary,) = [i for i, line in enumerate(lines) if line.startswith("Time of each peer / time of ours")]
+    assert shape < summary
+    assert lines[-1] == "Ours is slower in 1 of these 2 lines."
+    assert [line for line in lines[summary:] if "ours is slower" in line and "0.50x" in line]
+
+
+def test_who_is_not_here_takes_a_line_for_each_reason(capsys, monkeypatch):
+    lines = printed(a_report(), capsys, monkeypatch)
+    assert sum("FlexAttention" in line for line in lines) == 2
+
+
+def test_smoke_sizes_give_no_ratios_and_say_that_they_are_not_worth_quoting(capsys, monkeypatch):
+    for verbose in (False, True):
+        text = "\n".join(printed(a_report("smoke"), capsys, monkeypatch, verbose=verbose))
+        assert not re.search(r"\d\.\d\dx", text)
+        assert text.count("not worth quoting") == (2 if verbose else 1)
+    rows = {row.name: row for row in a_report().rows[:3]}
+    assert suite.line_of(rows, ratios=False).endswith(
+        "ours 2 ms; plain PyTorch, vocabulary padded, compiled 1 ms; reference 9 ms"
+    )
+
+
+def test_what_is_wrong_is_said_last(capsys, monkeypatch):
+    for sizes in ("default", "smoke"):
+        report = a_report(sizes)
+        report.rows[0].wrong = "ours gives a wrong result for training step: Tensor-likes are not close!\n\nMismatched: 3"
+        report.errors["bench.bench_norm", "test_norm", "case 7"] = "RuntimeError: seven"
+        text = "\n".join(printed(report, capsys, monkeypatch)[-8:])
+        assert "== WRONG ==" in text
+        assert "WRONG  ours gives a wrong result for training step: Tensor-likes are not close!" in text
+        assert "WRONG  bench_norm, case 7: RuntimeError: seven" in text
+        assert text.endswith("1 of 6 results are wrong, 1 groups failed")
+
+
+def test_a_model_of_less_than_a_million_parameters_has_more_than_none():
+    assert [parameters_in_words(n) for n in (124_439_808, 1_017_302_272, 229_504, 12)] == [
+        "124M parameters", "1,017M parameters", "230k parameters", "12 parameters"
+    ]  # fmt: skip
+
+
+WRONG = """
+from typing import NamedTuple
+from bench.suite import Problem, plain, rows
+
+class Case(NamedTuple):
+    n: int
+
+def problem(case, device):
+    def check(name, f):
+        assert name != "liger", "seven is not eight"
+    return Problem("an operation with a long name", f"n {case.n}", call=lambda name, f: f, check=check, bytes=1e6)
+
+def peers(case, device, sizes):
+    return {name: plain(int) for name in ("ours", "liger", "torch, softmax + multinomial", "torch, sort + multinomial")}
+
+@rows(lambda device, sizes: [Case(n) for n in range(2)], peers)
+def test_op(measure, case, name):
+    measure(problem, case, name)
+"""
+
+
+def run_benchmark(source: str, *arguments: str) -> tuple[int, str]:
+    file = ROOT / "bench" / f"made_{os.getpid()}.py"  # only there it has the options and the fixtures of the benchmarks
+    file.write_text(source)
+    command = [sys.executable, "-m", "pytest", str(file), "--sizes=smoke", "--device=cpu", "-p", "no:cacheprovider", *arguments]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")} | {"COLUMNS": "100"}
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    finally:
+        file.unlink()
+    return done.returncode, done.stdout
+
+
+def test_a_run_prints_its_own_tables_alone_and_ends_with_what_is_wrong(tmp_path):
+    code, text = run_benchmark(WRONG, f"--benchmark-json={tmp_path / 'x.json'}")
+    lines = text.splitlines()
+    assert code == 1
+    assert "Outliers" not in text, "pytest-benchmark's own table"
+    assert not [line for line in lines if len(line) > 100]
+    assert "2 of 8 results are wrong" in lines[-2]
+    assert len(json.loads((tmp_path / "x.json").read_text())["benchmarks"]) == 8
+
+
+def test_who_asks_for_columns_of_pytest_benchmark_gets_its_table():
+    _, text = run_benchmark(WRONG, "--benchmark-columns=max,ops", "-k", "0")
+    assert "Outliers" in text
+    assert text.index("Outliers") < text.index("Is every result right")
