@@ -98,7 +98,8 @@ def print_tables(report: Report, device: str, verbose: bool = False) -> None:
 
 
 def _title(console: Console, text: str) -> None:
-    console.print(f"\n{text}", style="bold")
+    console.print()
+    _paragraph(console, text, style="bold")
 
 
 def _paragraph(console: Console, text: str, indent: str = "", style: str | None = None) -> None:
