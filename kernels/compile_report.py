@@ -29,6 +29,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from .roofline import aligned, markdown
+
 KiB = 1024
 
 
@@ -580,16 +582,39 @@ def lines(kernels: list[Kernel]) -> list[list[str]]:
     return [list(_TITLES.values()), *map(_cells, kernels)]
 
 
+def tables(kernels: list[Kernel]) -> str:
+    """For a terminal: a table for each op and architecture, in it the inputs and under them their kernels."""
+    groups: dict[tuple[str, int], list[Kernel]] = {}
+    for kernel in kernels:
+        groups.setdefault((kernel.op, kernel.arch), []).append(kernel)
+    head = ["", "block", "warps", "stages", "regs", "spills, B", "KiB", "resident", "matrix", "load, store"]
+    found = []
+    for (op, arch), members in groups.items():
+        lines, cases = [head], []
+        for k in members:
+            matrix = f"{k.instructions} {k.instruction}" if k.instructions else k.instruction
+            numbers = [k.blocking, k.warps, k.stages, k.registers, k.spills, f"{k.shared / KiB:.0f}"]
+            access = [f"{k.blocks}, {k.occupancy:.0%}", matrix, f"{k.load}, {k.store}"]
+            lines.append([f"  {k.name}", *map(str, numbers), *access])
+            cases.append(k.case)
+        titles, *rows = aligned(lines).splitlines()
+        shown = [f"{op} on sm_{arch}", titles]
+        for before, case, row in zip([None, *cases], cases, rows):
+            shown += [row] if case == before else [case, row]
+        found.append("\n".join(shown))
+    return "\n\n".join([LEGEND, *found])
+
+
+LEGEND = """regs: registers of a thread. KiB: shared memory. resident: blocks on a multiprocessor, and warps in
+parts of all it can have. matrix: matrix instructions. load, store: the widest. Barriers: --json."""
+
+
 def _print_markdown(kernels: list[Kernel]) -> None:
-    titles, *rows = lines(kernels)
-    for line in (titles, ["---"] * len(titles), *rows):
-        print("| " + " | ".join(line) + " |")
+    print(markdown(lines(kernels)))
 
 
 def _print_table(kernels: list[Kernel]) -> None:
-    widths = [max(map(len, column)) for column in zip(*lines(kernels))]
-    for line in lines(kernels):
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+    print(tables(kernels))
 
 
 def _print_json(kernels: list[Kernel]) -> None:

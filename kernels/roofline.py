@@ -1,21 +1,23 @@
 """What each op must move and compute, the least time that takes on a GPU, and what the compiler makes of our kernels.
 
-    python -m wikigpt.kernels.roofline [op ...] [--gpu H100 ...] [--json]    the floors of the benchmarks' shapes
+    python -m wikigpt.kernels.roofline [op ...] [--gpu H100 ...]             the floors of the benchmarks' shapes; --json: all
     python -m wikigpt.kernels.roofline --kernels [op ...]                    registers, spills, ... as checked in
     python -m wikigpt.kernels.roofline --update-snapshot                     compile again and check in (minutes)
 
 The floor is max(bytes / bandwidth, FLOPs / peak) (Williams et al. 2009): each input read once from memory, each output written
 once, every unit at its published peak. No GPU is needed for any of it. Where bench/results/ holds a time of ours for a shape,
-the part of the floor that it reaches is shown; where it does not: "not measured".
+the part of the floor that it reaches is shown.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
 import sys
+import textwrap
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -230,12 +232,13 @@ RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results"
 
 
 def measured(directory: Path) -> dict[str, dict[str, float]]:
-    """GPU -> group -> seconds of ours, from bench/results/<machine>/*.json, wherever in a file a row {"group", "name",
-    "median"} stands."""
+    """GPU -> group -> seconds of ours, from bench/results/<machine>/*.json and *.jsonl, wherever in a file a row {"group",
+    "name", "median"} stands that is not wrong. Of several the last counts."""
 
     def rows(value: Any) -> Iterator[dict[str, Any]]:
         if isinstance(value, dict) and {"group", "name", "median"} <= value.keys():
-            yield value
+            if not value.get("wrong"):
+                yield value
         elif isinstance(value, (dict, list)):
             for inner in value.values() if isinstance(value, dict) else value:
                 yield from rows(inner)
@@ -243,11 +246,19 @@ def measured(directory: Path) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for gpu in GPUS:
         machine = gpu.lower().replace(" ", "-")
-        for path in sorted(directory.glob(f"*{machine}*/*.json")):
-            for row in rows(json.loads(path.read_text())):
-                if row["name"] == "ours":
-                    found.setdefault(gpu, {})[row["group"]] = row["median"]
+        for path in sorted(directory.glob(f"*{machine}*/*.json*")):
+            for content in _contents(path):
+                for row in rows(content):
+                    if row["name"] == "ours":
+                        found.setdefault(gpu, {})[row["group"]] = row["median"]
     return found
+
+
+def _contents(path: Path) -> Iterator[Any]:
+    """What a .json file holds, or each line of a journal that was written to its end."""
+    for text in path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]:
+        with contextlib.suppress(json.JSONDecodeError):
+            yield json.loads(text)
 
 
 # --- the snapshot of what the compiler makes of our kernels ---------------------------------------------------------
@@ -319,10 +330,12 @@ def _number(value: float, unit: str) -> str:
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
+    factor, unit = next(((f, u) for f, u in ((1e3, "ms"), (1e6, "us")) if seconds * f >= 1), (1e9, "ns"))
+    return f"{seconds * factor:.3g} {unit}"
 
 
 def table(selected: list[Case], gpus: list[str], results: dict[str, dict[str, float]]) -> list[list[str]]:
+    """All of it in one table, for a page."""
     lines = [["op", "shape", "bytes", "FLOP", "FLOP/byte", *(f"{gpu}: floor, bound, reached" for gpu in gpus)]]
     for case in selected:
         work, cells = case.work, []
@@ -330,9 +343,44 @@ def table(selected: list[Case], gpus: list[str], results: dict[str, dict[str, fl
             floor, bound = work.floor(GPUS[gpu])
             seconds = results.get(gpu, {}).get(case.group)
             cells.append(f"{_time(floor)}, {bound}, {'not measured' if seconds is None else f'{floor / seconds:.0%}'}")
-        intensity = f"{work.flops / work.bytes:.3g}"
-        lines.append([case.op, case.shape, _number(work.bytes, "B"), _number(work.flops, "FLOP"), intensity, *cells])
+        lines.append([case.op, case.shape, _number(work.bytes, "B"), _number(work.flops, "FLOP"), _intensity(work), *cells])
     return lines
+
+
+def _intensity(work: Work) -> str:
+    return f"{work.flops / work.bytes:.3g}"
+
+
+LEGEND = """The least time that a shape can take: max(bytes / bandwidth, FLOP / peak of the units).
+*: bound by the tensor cores (^: by float32 units), else by memory.
+67%: what ours reaches of it where bench/results has its time; all others are not measured."""
+FEW = 2  # GPUs beside which there is room for operations too
+
+
+def tables(selected: list[Case], gpus: list[str], results: dict[str, dict[str, float]]) -> str:
+    """For a terminal: a table for each op and direction, of which the title says what all its shapes share."""
+    groups: dict[str, list[tuple[str, Case]]] = {}
+    for case in selected:
+        words = case.shape.split(", ")
+        of_title = [word for word in words if not any(letter.isdigit() for letter in word)]
+        size = ", ".join(word for word in words if word not in of_title)
+        groups.setdefault(", ".join([case.op, *of_title]), []).append((size, case))
+    few = len(gpus) <= FEW
+
+    def cell(case: Case, gpu: str) -> str:
+        floor, bound = case.work.floor(GPUS[gpu])
+        seconds = results.get(gpu, {}).get(case.group)
+        mark = {"tensor": "*", "float32": "^"}.get(bound, "")
+        return f"{_time(floor)}{mark}{'' if seconds is None else f' {floor / seconds:.0%}'}"
+
+    found = [LEGEND]
+    for title, members in groups.items():
+        lines = [["", "bytes", *(["FLOP", "FLOP/byte"] if few else []), *gpus]]
+        for size, case in members:
+            operations = [_number(case.work.flops, "FLOP"), _intensity(case.work)] if few else []
+            lines.append([size, _number(case.work.bytes, "B"), *operations, *(cell(case, gpu) for gpu in gpus)])
+        found.append(f"{title}\n{aligned(lines)}")
+    return "\n\n".join(found)
 
 
 def as_json(selected: list[Case], gpus: list[str], results: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
@@ -346,13 +394,20 @@ def as_json(selected: list[Case], gpus: list[str], results: dict[str, dict[str, 
     return rows
 
 
-def _print(lines: list[list[str]], markdown: bool) -> None:
-    if markdown:
-        lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-        print("\n".join(f"| {' | '.join(line)} |" for line in lines))
-        return
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines))
+def markdown(lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
+
+
+def aligned(lines: list[list[str]], width: int = 100) -> str:
+    """Columns, the last of which wraps where it would be wider than the page."""
+    *widths, _ = [max(map(len, column)) + 2 for column in zip(*lines)]
+    before = sum(widths)
+    found = []
+    for line in lines:
+        start = "".join(cell.ljust(wide) for cell, wide in zip(line, widths))
+        first, *others = textwrap.wrap(line[-1], max(20, width - before)) or [""]
+        found += [(start + first).rstrip(), *(" " * before + other for other in others)]
+    return "\n".join(found)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -384,7 +439,7 @@ def main(arguments: list[str] | None = None) -> None:
             json.dump({"triton": version, "kernels": [asdict(kernel) for kernel in kernels]}, sys.stdout)
             return
         print(f"triton {version}")
-        _print(compile_report.lines(kernels), given.markdown)
+        print(markdown(compile_report.lines(kernels)) if given.markdown else compile_report.tables(kernels))
         return
     if unknown := [op for op in given.ops if op not in known]:
         parser.error(f"unknown op {unknown[0]!r}, known are {', '.join(known)}")
@@ -393,7 +448,8 @@ def main(arguments: list[str] | None = None) -> None:
     if given.json:
         json.dump(as_json(selected, given.gpu, results), sys.stdout)
     else:
-        _print(table(selected, given.gpu, results), given.markdown)
+        found = selected, given.gpu, results
+        print(markdown(table(*found)) if given.markdown else tables(*found))
 
 
 if __name__ == "__main__":

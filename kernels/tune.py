@@ -40,6 +40,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from .compile_report import ARCHITECTURES, Kernel, compile_only, measure
+from .roofline import aligned
 
 Config = Any  # a frozen dataclass of block sizes, or ((name, value), ...) for constants of a module
 Launch = Callable[[], object]
@@ -736,7 +737,7 @@ def _print_part(part: Part, records: Records, tested: bool) -> None:
     rows = ranked(part, records)
     fitting = sum(row["verdict"] is None for row in rows)
     print(f"\n== {part.name}: today {literal(part.today)}; {fitting} of {len(rows)} candidates fit")
-    lines = [["", "row", *part.problems, "today / this", "registers", "spills, B", "shared, KiB", "blocks", "verdict"]]
+    lines = [["", "row", *part.problems, "today / this", "regs", "spills, B", "KiB", "blocks", "verdict"]]
     for row in rows:
         facts, seconds, mark = (
             row.get("facts") or [],
@@ -751,8 +752,8 @@ def _print_part(part: Part, records: Records, tested: bool) -> None:
             registers, spills, shared = (max(fact[key] for fact in facts) for key in ("registers", "spills", "shared"))
             static = [str(registers), str(spills), f"{shared / 1024:.0f}", str(min(fact["blocks"] for fact in facts))]
         lines.append([mark, row["config"], *times, gain, *static, row["verdict"] or state])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines))
+    told = [any(column[1:]) for column in zip(*lines)]  # of what is not measured there is no column
+    print(aligned([[cell for cell, is_told in zip(line, told) if is_told] for line in lines]))
 
 
 def proposal(op: str, arch: int, parts: list[Part], records: Records) -> list[str]:

@@ -125,18 +125,48 @@ def test_groups_are_named_as_the_benchmarks_name_them():
     assert "sample, top_p 0.9, 64 x 128,256" in known
 
 
+GROUP = "rotary halves, forward, batch 8, S 2048, 32 + 8 heads of 128"
+
+
 def test_a_measured_time_shows_as_a_part_of_the_floor(tmp_path, capsys):
     folder = tmp_path / "nvidia-h100-80gb-hbm3"
     folder.mkdir()
-    group = "rotary halves, forward, batch 8, S 2048, 32 + 8 heads of 128"
     floor, _ = roofline.rotary(8, 2048, 32, 8, 128).floor(H100)
-    rows = [{"group": group, "name": "ours", "median": 2 * floor}, {"group": group, "name": "liger", "median": floor}]
+    rows = [{"group": GROUP, "name": "ours", "median": 2 * floor}, {"group": GROUP, "name": "liger", "median": floor}]
     (folder / "ops.json").write_text(json.dumps({"passed": True, "rotary": {"rows": rows}}))
     roofline.main(["rotary", "--results", str(tmp_path), "--gpu", "H100", "A100"])
-    first, *others = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rotary")]
-    assert "memory, 50%" in first
-    assert "not measured" in first  # on the A100
-    assert all(line.count("not measured") == 2 for line in others)
+    legend, forward, *_ = capsys.readouterr().out.split("\n\n")
+    assert "not measured" in legend
+    assert forward.startswith("rotary, forward\n")
+    assert forward.count("50%") == 1
+    assert forward.count("%") == 1, "of what is not measured there is only the floor"
+
+
+def test_a_journal_of_gpu_check_counts_and_its_last_right_row(tmp_path):
+    folder = tmp_path / "nvidia-h200"
+    folder.mkdir()
+    rows = [{"group": GROUP, "name": "ours", "median": 3.0}, {"group": GROUP, "name": "ours", "median": 2.0},
+            {"group": GROUP, "name": "ours", "median": 1.0, "wrong": "off by 3"}]  # fmt: skip
+    lines = [json.dumps({"part": "ops/others", "kind": "row", **row}) for row in rows]
+    (folder / "journal.jsonl").write_text("\n".join([*lines, '{"part": "ops/oth']))
+    assert roofline.measured(tmp_path) == {"H200": {GROUP: 2.0}}
+
+
+@pytest.mark.parametrize("arguments", [[], ["--gpu", "H200"], ["--gpu", "H100", "H200"]])
+def test_no_line_is_wider_than_a_hundred_columns(arguments, capsys):
+    roofline.main(arguments)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert sum("not measured" in line for line in lines) == 1
+
+
+def test_the_last_column_wraps():
+    lines = [["row", "verdict"], ["Blocks(1)", "right " * 20], ["Blocks(2)", ""]]
+    first, second, third, *_, last = roofline.aligned(lines, 60).splitlines()
+    assert first == "row        verdict"
+    assert second.startswith("Blocks(1)  right")
+    assert third.startswith("           right")
+    assert last == "Blocks(2)"
 
 
 def test_json_holds_the_same(capsys, tmp_path):
@@ -222,4 +252,11 @@ def test_the_kernels_of_the_snapshot_can_be_printed(snapshot, capsys):
     roofline.main(["rotary", "--kernels"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("triton ")
-    assert len(lines) == 2 + sum(kernel.op == "rotary" for kernel in snapshot)
+    assert sum(line.startswith("  _") for line in lines) == sum(kernel.op == "rotary" for kernel in snapshot)
+    roofline.main(["rotary", "--kernels", "--markdown"])
+    assert len(capsys.readouterr().out.splitlines()) == 3 + sum(kernel.op == "rotary" for kernel in snapshot)
+
+
+def test_the_kernels_of_the_snapshot_fit_a_hundred_columns(snapshot, capsys):
+    roofline.main(["--kernels"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
