@@ -14,6 +14,7 @@ from .errors import UserError
 from .files import write_atomically
 from .generate import check_tokens
 from .model import GPT
+from .output import check_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 MAX_LABELS = 60  # tokens that are all named along the axis of a large picture
 LABEL_LENGTH = 16  # characters of a token's name
 DPI = 150
+FORMATS = (".png", ".pdf", ".svg")
 
 
 def draw(
@@ -33,16 +35,29 @@ def draw(
     layer: int | None = None,
     head: int | None = None,
 ) -> None:
-    """Write a PNG of the attention weights on `text`; where layer or head is None, all of them side by side.
+    """Write a picture of the attention weights on `text`; where layer or head is None, all of them side by side.
 
-    Layers and heads count from 0. Raises UserError for a text that is empty or longer than the context, for a
-    layer or head that the model has not, and where `path` cannot be written.
+    The suffix of `path` chooses the format: png, pdf or svg. Layers and heads count from 0. Raises UserError for a text that
+    is empty or longer than the context, for a layer or head that the model has not, and where `path` cannot be written.
     """
+    check_output(path)
     picture = figure(model, tokenizer, text, layer, head)
     with warnings.catch_warnings():
         # A box in place of a character that matplotlib's font lacks is all that can be done about it.
         warnings.filterwarnings("ignore", "Glyph .* missing")
-        write_atomically(path, lambda file: picture.savefig(file, format="png", dpi=DPI, bbox_inches="tight"))
+        write_atomically(path, lambda file: picture.savefig(file, format=_format(path), dpi=DPI, bbox_inches="tight"))
+
+
+def check_output(path: str | Path) -> None:
+    """Raises UserError for a path that `draw` cannot write: known before there is a model."""
+    path = Path(path)
+    if f".{_format(path)}" not in FORMATS:
+        raise UserError(f"{path} has no type of picture that can be written: end its name with {' or '.join(FORMATS)}")
+    check_file(path)
+
+
+def _format(path: str | Path) -> str:
+    return Path(path).suffix.lower().removeprefix(".")
 
 
 def figure(model: GPT, tokenizer: Tokenizer, text: str, layer: int | None = None, head: int | None = None) -> Figure:
@@ -120,4 +135,4 @@ def _shortened(label: str) -> str:
     return label if len(label) <= LABEL_LENGTH else label[: LABEL_LENGTH - 1] + "\u2026"
 
 
-__all__ = ["draw", "figure"]
+__all__ = ["check_output", "draw", "figure"]

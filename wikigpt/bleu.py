@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import UserError
+from .errors import UserError, integer
 from .files import write_atomically
 from .pairs import Pair
 
@@ -39,14 +39,17 @@ def evaluate_bleu(
     *,
     batch_size: int = 32,
     max_new_tokens: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> BleuResult:
     """BLEU of greedily decoded completions against those of the pairs.
 
-    A completion ends at <eos> or at `max_new_tokens` (None: twice the longest reference).
+    A completion ends at <eos> or at `max_new_tokens` (None: twice the longest reference). progress(done, total) is called
+    after each batch.
     White space in hypotheses and references (line breaks of code too) is reduced to single spaces, since to
     sacrebleu a segment is a line; the score is the one of its command line on files of these lines.
 
-    Raises UserError for a prompt that leaves no room in the context, ValueError where there are no pairs.
+    Raises UserError for a prompt that leaves no room in the context, ValueError where there are no pairs and for completions
+    of no token.
     """
     import sacrebleu
 
@@ -54,6 +57,8 @@ def evaluate_bleu(
 
     if not pairs:
         raise ValueError("pairs: got none, must be 1 or more")
+    if max_new_tokens is not None and integer("max_new_tokens", max_new_tokens) < 1:
+        raise ValueError(f"max_new_tokens: got {max_new_tokens}, must be 1 or more")
     prompts = [tokenizer.encode_prompt(pair.prompt) for pair in pairs]
     context = model.config.context_length
     for pair, prompt in zip(pairs, prompts):
@@ -72,6 +77,8 @@ def evaluate_bleu(
         new = generate(model, [prompts[i] for i in rows], max_new_tokens, temperature=0.0, eos_id=tokenizer.eos_id)
         for i, ids in zip(rows, new):
             hypotheses[i] = _line(tokenizer.decode(ids))
+        if progress:
+            progress(start + len(rows), len(order))
 
     references = [_line(pair.completion) for pair in pairs]
     metric = sacrebleu.BLEU()

@@ -7,10 +7,7 @@ a temporary name, flushed to disk and renamed, so a crash or a full disk leaves 
 from __future__ import annotations
 
 import json
-import pickle
-import struct
 import zipfile
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +23,6 @@ if TYPE_CHECKING:
 FORMAT = "wikigpt"
 VERSION = 1
 NAME = "wiki-gpt.pth"
-_UNREADABLE = (zipfile.BadZipFile, NotImplementedError, zlib.error, struct.error, IndexError, AttributeError)
 
 
 class Loaded(NamedTuple):
@@ -65,7 +61,9 @@ def load(source: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         content = None if damaged else torch.load(path, map_location=map_location, weights_only=True)
-    except (*_UNREADABLE, RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, KeyError) as error:
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; check its permissions or use another copy") from error
+    except Exception as error:  # the unpickler takes bytes of any other file for its instructions
         raise UserError(
             f"{path} is not a checkpoint of wikigpt, or it is damaged ({type(error).__name__}); use another copy"
         ) from error

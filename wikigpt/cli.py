@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-import platform
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +15,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from . import __version__
 from .errors import UserError
+from .settings_help import keys_epilog
 
 if TYPE_CHECKING:
     from .data import Tokenizer
     from .model import GPT
 
 RUNS = Path("runs")
+DEFAULT_PRESET = "cpu-small"
+MOST_TOKENS = 1_000_000  # of one text: more is a slip of the finger
 
 app = typer.Typer(
     name="wikigpt",
@@ -32,7 +36,10 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at the text and its tokens.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-console = Console(highlight=False, soft_wrap=True)
+config_app = typer.Typer(help="Look at the settings of training.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+# Paths and texts may hold brackets and colons, which rich would take for its own.
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 _CHECKPOINT_HELP = "a run directory, a .pth file, or a Hugging Face directory or name; default: the newest run in runs/"
 CheckpointOption = typer.Option(None, "--checkpoint", "-c", help=_CHECKPOINT_HELP)
@@ -57,18 +64,46 @@ def load(source: str | None, device: str, backend: str | None = None) -> tuple[G
     from .checkpoint import load_model
     from .train import pick_device
 
-    loaded = load_model(source or newest_run(), pick_device(device), backend)
+    on = pick_device(device)
+    check_backend(backend, on.type)
+    source = str(newest_run()) if source is None else source
+    loaded = load_model(source, on, backend)
     if loaded.tokenizer is None:
         raise UserError(f"{source} holds no tokenizer that wikigpt can read; use a checkpoint of `wikigpt train`")
     return loaded.model, loaded.tokenizer, loaded.content
+
+
+def check_backend(name: str | None, device_type: str) -> None:
+    """Raises UserError for a backend, from --backend or WIKIGPT_BACKEND, that is unknown or has no GPT on this device."""
+    from . import kernels
+
+    with refused(None if name else "WIKIGPT_BACKEND", (ValueError, RuntimeError)):
+        for op in ("attention", "layer_norm", "rms_norm", "linear_cross_entropy"):  # a GPT has one of the norms
+            kernels._dispatch.choose(op, device_type, name)
+
+
+@contextlib.contextmanager
+def refused(what: str | None = None, kinds: tuple[type[Exception], ...] = (ValueError, TypeError)) -> Iterator[None]:
+    """What the library refuses inside was given by the user."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(f"{what}: {error}" if what else str(error)) from error
 
 
 def show_origin(dataset: Any) -> None:
     console.print(f"data: {dataset.name}, {dataset.origin}")
 
 
+def show_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"wikigpt {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def common(
+    version: bool = typer.Option(False, "--version", callback=show_version, is_eager=True, help="Print the version and leave."),
     threads: int = typer.Option(0, help="CPU threads (0: one per core)", min=0),
 ) -> None:
     if threads:
@@ -88,12 +123,48 @@ def data_info(
     from .data import info, prepare
 
     prepared = prepare(dataset, tokenizer, vocab_size, data_dir)
-    show_origin(prepared)
     console.print(info(prepared))
-    console.print(f"vocabulary: {prepared.tokenizer.vocab_size} types; token files in {prepared.directory}")
+    console.print(f"token files: {prepared.directory}")
 
 
 @app.command()
+def presets() -> None:
+    """The configurations that `train --preset` and `config show` know by name: their sizes, and what they are for."""
+    from .config import presets as names
+    from .config import resolve
+    from .settings_help import purpose
+
+    table = Table("preset", "layers", "width", "context", "for", box=None, pad_edge=False)
+    for name in names():
+        model = resolve(name).model
+        table.add_row(name, str(model.n_layer), str(model.n_embd), str(model.context_length), purpose(name))
+    # A line each where no terminal limits it.
+    (console if console.is_terminal else Console(width=200, highlight=False)).print(table)
+
+
+@config_app.command("show")
+def config_show(
+    words: list[str] = typer.Argument(None, metavar="[PRESET] [KEY=VALUE]...", help=f"default: {DEFAULT_PRESET}"),
+    config: Path | None = typer.Option(None, help="YAML or TOML file with settings, on top of the preset"),
+) -> None:
+    """The whole configuration that `train` would run with, as YAML for --config."""
+    from .config import dump, resolve
+
+    preset, changes = DEFAULT_PRESET, list(words or ())
+    if changes and "=" not in changes[0]:
+        preset = changes.pop(0)
+    console.print(dump(resolve(preset, config, changes)), end="")
+
+
+@config_app.command("keys")
+def config_keys() -> None:
+    """Every setting with its default and what it is for."""
+    from .settings_help import table
+
+    console.print(table(console.width))
+
+
+@app.command(epilog=keys_epilog())
 def train(
     overrides: list[str] = typer.Argument(
         None, metavar="[KEY=VALUE]...", help="any setting, for example train.lr=3e-4 model.n_layer=6"
@@ -261,94 +332,132 @@ def watched_run(trainer: Any) -> Any:
 @app.command()
 def evaluate(
     checkpoint: str | None = CheckpointArgument,
-    split: str = typer.Option("test", help="train, valid or test"),
+    split: str | None = typer.Option(None, help="train, valid or test (default)"),
     dataset: str | None = DatasetOption,
     data_dir: Path | None = DataDirOption,
-    stride: int | None = typer.Option(None, help="tokens the window moves by; default half the context"),
-    dynamic_lr: float = typer.Option(0.0, help="> 0: dynamic evaluation with this SGD learning rate"),
+    stride: int | None = typer.Option(None, min=1, help="tokens the window moves by; default: half the context, and all of it"),
+    dynamic_lr: float | None = typer.Option(None, help="> 0: dynamic evaluation with this SGD learning rate"),
     bleu: Path | None = typer.Option(None, help="JSONL of prompt/completion pairs: report BLEU instead"),
     hypotheses: Path | None = typer.Option(None, help="with --bleu: write the model's completions here"),
-    max_new_tokens: int | None = typer.Option(None, help="with --bleu: longest completion"),
+    max_new_tokens: int | None = typer.Option(None, min=1, max=MOST_TOKENS, help="with --bleu: longest completion"),
     device: str = DeviceOption,
     backend: str | None = BackendOption,
 ) -> None:
     """Perplexity on a split as papers count it, or BLEU on prompt/completion pairs."""
-    model, tokenizer, content = load(checkpoint, device, backend)
+    with_bleu = {"--hypotheses": hypotheses, "--max-new-tokens": max_new_tokens}
+    without = {"--split": split, "--dataset": dataset, "--data-dir": data_dir, "--stride": stride, "--dynamic-lr": dynamic_lr}
+    for option, value in (with_bleu if bleu is None else without).items():
+        if value is not None:
+            raise UserError(f"{option} {'needs' if bleu is None else 'has no effect with'} --bleu: leave it out")
     if bleu is not None:
-        from .bleu import evaluate_bleu, write_hypotheses
-        from .pairs import read_pairs
+        report_bleu(checkpoint, bleu, hypotheses, max_new_tokens, device, backend)
+    else:
+        report_perplexity(checkpoint, split or "test", dataset, data_dir, stride, dynamic_lr or 0.0, device, backend)
 
-        result = evaluate_bleu(model, tokenizer, read_pairs(bleu), max_new_tokens=max_new_tokens)
-        console.print(str(result), markup=False)
-        if hypotheses is not None:
-            write_hypotheses(result, hypotheses)
-            console.print(f"completions: {hypotheses}")
-        return
+
+def report_bleu(
+    checkpoint: str | None, pairs_file: Path, hypotheses: Path | None, most: int | None, device: str, backend: str | None
+) -> None:
+    from .bleu import evaluate_bleu, write_hypotheses
+    from .output import check_file, progress
+    from .pairs import read_pairs
+
+    if hypotheses is not None:
+        check_file(hypotheses)
+    pairs = read_pairs(pairs_file)
+    model, tokenizer, _ = load(checkpoint, device, backend)
+    with progress("completions", console) as on_step:
+        result = evaluate_bleu(model, tokenizer, pairs, max_new_tokens=most, progress=on_step)
+    console.print(str(result))
+    if hypotheses is not None:
+        write_hypotheses(result, hypotheses)
+        console.print(f"completions: {hypotheses}")
+
+
+def report_perplexity(
+    checkpoint: str | None,
+    split: str,
+    dataset: str | None,
+    data_dir: Path | None,
+    stride: int | None,
+    dynamic_lr: float,
+    device: str,
+    backend: str | None,
+) -> None:
     from .data import prepare
-    from .evaluate import perplexity
+    from .data.sources import SPLITS
+    from .evaluate import check_dynamic_lr, perplexity, strides
+    from .output import progress
 
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}; use {', '.join(SPLITS)}")
+    check_dynamic_lr(dynamic_lr)
+    model, tokenizer, content = load(checkpoint, device, backend)
+    rows = strides(model.config.context_length, stride)
     saved = content.get("config", {}).get("data", {})
     prepared = prepare(
         dataset or saved.get("dataset", "wikitext-2"),
         data_dir=data_dir or saved.get("data_dir"),
         tokenizer_json=tokenizer.to_json(),
     )
-    if split not in prepared.tokens:
-        raise UserError(f"unknown split {split!r}; use {', '.join(prepared.tokens)}")
     show_origin(prepared)
     tokens, stats = prepared.tokens[split], prepared.stats[split]
-    length = model.config.context_length
-    rows = [("sliding window", stride or max(1, length // 2))]
-    if stride is None:
-        rows.append(("blocked", length))
     table = Table("protocol", "stride", "tokens", "nats/token", "perplexity", "per word")
     for name, step in rows:
-        with console.status(f"{split}: {name}"):
-            figure = perplexity(model, tokens, tokenizer.first_id, stride=step, stats=stats, dynamic_lr=dynamic_lr)
-        nats = figure.nats / figure.tokens
+        with progress(f"{split}, {name}", console) as on_step:
+            figure = perplexity(
+                model, tokens, tokenizer.first_id, stride=step, stats=stats, dynamic_lr=dynamic_lr, progress=on_step
+            )
         table.add_row(
-            name + (" (dynamic)" if dynamic_lr else ""), str(step), f"{figure.tokens:,}", f"{nats:.4f}",
-            f"{figure.per_token:.2f}", f"{figure.per_word:.2f}",
+            name + (", dynamic" if dynamic_lr else ""), str(step), f"{figure.tokens:,}",
+            f"{figure.nats / figure.tokens:.4f}", f"{figure.per_token:.2f}", f"{figure.per_word:.2f}",
         )  # fmt: skip
     console.print(table)
 
 
 @app.command()
 def generate(
-    prompts: list[str] = typer.Argument(..., metavar="PROMPT...", help="text to continue; several are done as a batch"),
+    prompts: list[str] = typer.Argument(
+        None,
+        metavar="[PROMPT]...",
+        help="text to continue, - for standard input; several are a batch; none: asks for it",
+    ),
+    prompt_file: list[Path] = typer.Option([], help="file whose whole text is a prompt; may be given several times"),
     checkpoint: str | None = CheckpointOption,
-    max_new_tokens: int = typer.Option(100, min=1, help="tokens to add"),
-    temperature: float = typer.Option(0.8, min=0.0, help="0: always the likeliest token"),
-    top_k: int | None = typer.Option(None, min=1, help="choose among the k likeliest tokens"),
-    top_p: float | None = typer.Option(
-        None, min=1e-6, max=1.0, help="choose among the likeliest tokens of this total probability"
-    ),
-    min_p: float | None = typer.Option(
-        None, min=0.0, max=1.0, help="drop tokens below this fraction of the likeliest one's probability"
-    ),
+    max_new_tokens: int = typer.Option(100, min=1, max=MOST_TOKENS, help="tokens to add"),
+    # Their ranges are those of `sample`, which refuses inf and nan too.
+    temperature: float = typer.Option(0.8, help="0: always the likeliest token; above 1: bolder"),
+    top_k: int | None = typer.Option(None, help="choose among the k likeliest tokens"),
+    top_p: float | None = typer.Option(None, help="choose among the likeliest tokens of this total probability"),
+    min_p: float | None = typer.Option(None, help="drop tokens below this fraction of the likeliest one's probability"),
     seed: int | None = typer.Option(None, help="same seed, same text"),
     stop_at_eos: bool = typer.Option(True, help="stop where the model ends the text (word-level: the paragraph)"),
     device: str = DeviceOption,
     backend: str | None = BackendOption,
 ) -> None:
-    """Continue a text; one prompt streams as it is made."""
-    from .generate import complete
+    """Continue a text; one prompt streams as it is made. Without a prompt, asks for one after the other on a terminal."""
+    from .generate import check_sampling, check_seed, complete
+    from .prompting import converse, fit, read_prompts, show
 
+    options: Any = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    with refused():
+        check_sampling(**options)
+        check_seed(seed)
+    texts = read_prompts(prompts or [], prompt_file)
+    if not texts and not sys.stdin.isatty():
+        raise UserError("no prompt: give a text, - to read standard input, or --prompt-file FILE")
     model, tokenizer, _ = load(checkpoint, device, backend)
-    options: Any = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
-    options["stop_at_eos"] = stop_at_eos
-    if len(prompts) == 1:
-        sys.stdout.write(prompts[0])
 
-        def show(piece: str) -> None:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+    def go_on(rows: list[list[int]], stream: Any) -> list[str]:
+        with refused("the model computes no probabilities"):
+            return complete(
+                model, tokenizer, rows, max_new_tokens, seed=seed, stop_at_eos=stop_at_eos, stream_text=stream, **options
+            )
 
-        complete(model, tokenizer, prompts, max_new_tokens, stream_text=show, **options)
-        sys.stdout.write("\n")
-        return
-    for prompt, text in zip(prompts, complete(model, tokenizer, prompts, max_new_tokens, **options)):
-        console.print(prompt + text, markup=False)
+    if texts:
+        show(console, fit(model, tokenizer, texts), go_on)
+    else:
+        converse(console, model, tokenizer, go_on)
 
 
 @app.command()
@@ -401,12 +510,13 @@ def attention(
     checkpoint: str | None = CheckpointOption,
     layer: int | None = typer.Option(None, min=0, help="layer, from 0; default: all"),
     head: int | None = typer.Option(None, min=0, help="head, from 0; default: all"),
-    out: Path = typer.Option(Path("attention.png"), help="picture to write"),
+    out: Path = typer.Option(Path("attention.png"), help="picture to write: .png, .pdf or .svg"),
     device: str = DeviceOption,
 ) -> None:
     """Draw the attention weights of a text: who looks at whom, in every layer and head or in one."""
-    from .attention_map import draw
+    from .attention_map import check_output, draw
 
+    check_output(out)
     model, tokenizer, _ = load(checkpoint, device)
     draw(model, tokenizer, text, out, layer=layer, head=head)
     console.print(f"wrote {out}")
@@ -427,32 +537,16 @@ def export(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    every: bool = typer.Option(False, "--all", help="each op with each of its implementations"),
+) -> None:
     """What this machine has, and which implementation of every op it gets, with the reason."""
-    import torch
+    from .doctor import report, table
 
-    from . import __version__, kernels
-    from .kernels._dispatch import extension
-
-    module, missing = extension()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    console.print(f"wikigpt {__version__}, Python {platform.python_version()}, torch {torch.__version__}, GPU: {gpu}")
-    console.print(f"CPU threads: {torch.get_num_threads()}")
-    if module is not None:
-        built = module.build_info()
-        console.print(
-            f"extension wikigpt._C: {built['instruction_set']}, built by {built['compiler']} with torch {built['torch']} "
-            f"for torch {built['stable_abi']} and later"
-        )
-        cuda = f"for {built['cuda_targets']}, by nvcc {built['cuda']}" if built["cuda"] else f"none, {built['no_cuda_because']}"
-        console.print(f"CUDA kernels of wikigpt._C: {cuda}")
-    else:
-        console.print(f"extension wikigpt._C: {missing}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    table = Table("op", f"on {device}", "others", title="implementations")
-    for op in kernels.ops():
-        rows = kernels.explain(op, device)
-        chosen = next((backend for backend, reason in rows if reason is None), "none")
-        others = [f"{backend}: {reason or 'available'}" for backend, reason in rows if backend != chosen]
-        table.add_row(op, chosen, "\n".join(others))
-    console.print(table)
+    with refused("WIKIGPT_BACKEND"):
+        for line in report():
+            console.print(line)
+        if every:
+            console.print(table())
+        else:
+            console.print("wikigpt doctor --all: each op with each of its implementations")

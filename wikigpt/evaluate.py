@@ -56,6 +56,26 @@ def windows(n: int, context_length: int, stride: int) -> Iterator[tuple[int, int
         counted = end
 
 
+def strides(context_length: int, stride: int | None = None) -> list[tuple[str, int]]:
+    """The protocols to report, (name, stride): that of `stride`, or where none is given sliding windows and blocks.
+
+    Raises UserError for a stride outside the context.
+    """
+    if stride is None:
+        both = [max(1, context_length // 2), context_length]
+    else:
+        both = [integer("stride", stride)]
+        if not 1 <= both[0] <= context_length:
+            raise UserError(f"stride: got {stride}, must be between 1 and the model's context_length {context_length}")
+    return [("blocked" if step == context_length else "sliding window", step) for step in dict.fromkeys(both)]
+
+
+def check_dynamic_lr(lr: float) -> None:
+    """Raises UserError for a learning rate of dynamic evaluation that is negative or no number."""
+    if not 0 <= lr < math.inf:
+        raise UserError(f"dynamic_lr: got {lr}, must be 0 (no dynamic evaluation) or a positive number")
+
+
 def to_stream(tokens: np.ndarray, first: int, vocab_size: int) -> Tensor:
     """The token file as int64 with `first` put before it. Raises UserError for ids the model does not know."""
     ids = torch.from_numpy(np.concatenate(([first], tokens)).astype(np.int64))
@@ -85,12 +105,11 @@ def perplexity(
     dynamic evaluation (Krause et al. 2018): after a window is scored, one step of SGD on it; the weights are restored at the
     end. `stats` of the split gives the word count.
     progress(done, total) is called with tokens after each batch, and may end the work by an exception. Raises UserError for ids
-    out of range and for a bad stride or sample.
+    out of range, a bad stride or sample and a bad dynamic_lr.
     """
+    check_dynamic_lr(dynamic_lr)
     length = model.config.context_length
-    stride = max(1, length // 2) if stride is None else integer("stride", stride)
-    if not 1 <= stride <= length:
-        raise UserError(f"stride: got {stride}, must be between 1 and the model's context_length {length}")
+    [(_, stride), *_] = strides(length, stride)
     if sample is not None and integer("sample", sample) < 1:
         raise UserError(f"sample: got {sample}, must be 1 or more")
     device = model.head.weight.device
@@ -154,4 +173,4 @@ def _shape(window: tuple[int, int, int]) -> tuple[int, int]:
     return end - begin, end - first
 
 
-__all__ = ["Perplexity", "perplexity", "windows"]
+__all__ = ["Perplexity", "check_dynamic_lr", "perplexity", "strides", "windows"]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .errors import UserError, integer
 from .kernels import sample
+from .kernels.sampling import RANGES
 from .model import GPT
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def generate(
     max_new_tokens = integer("max_new_tokens", max_new_tokens)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens: got {max_new_tokens}, must be 0 or more")
+    check_seed(seed)
     rows = prompt_ids.tolist() if isinstance(prompt_ids, Tensor) else [list(row) for row in prompt_ids]
     groups: dict[int, list[int]] = {}  # prompts of one length run as one batch, which needs no padding
     for i, row in enumerate(rows):
@@ -91,6 +93,20 @@ def generate(
     return new
 
 
+def check_seed(seed: int | None) -> None:
+    """Raises ValueError for what torch takes for no seed, TypeError for what is no integer."""
+    if seed is not None and not -(2**63) <= integer("seed", seed) < 2**64:
+        raise ValueError(f"seed: got {seed}, must have at most 64 bits")
+
+
+def check_sampling(**options: float | None) -> None:
+    """Raises ValueError for a temperature, top_k, top_p or min_p that `sample` refuses."""
+    for name, value in options.items():
+        allowed, text = RANGES[name]
+        if value is not None and not allowed(value):
+            raise ValueError(f"{name}: got {value}, must be {text}")
+
+
 def check_tokens(model: GPT, ids: Sequence[int]) -> None:
     """Raises UserError for more ids than the model's context holds and for ids outside its vocabulary."""
     config = model.config
@@ -104,6 +120,15 @@ def check_tokens(model: GPT, ids: Sequence[int]) -> None:
                 f"token id {token} is outside the model's vocabulary of {config.vocab_size:,}: "
                 "use the tokenizer that the model was trained with"
             )
+
+
+def cropped(model: GPT, tokenizer: Tokenizer, prompt: str) -> tuple[list[int], int]:
+    """(ids, n): the end of a prompt's token ids, as many as the model's context holds, and how many it had."""
+    ids, context = tokenizer.encode_prompt(prompt), model.config.context_length
+    if len(ids) <= context:
+        return ids, len(ids)
+    first = [tokenizer.first_id] if tokenizer.adds_bos and context > 1 else []
+    return [*first, *ids[len(first) - context :]], len(ids)
 
 
 def _continuations(
@@ -133,7 +158,7 @@ def _continuations(
 def complete(
     model: GPT,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
@@ -144,7 +169,7 @@ def complete(
     stop_at_eos: bool = True,
     stream_text: Callable[[str], None] | None = None,
 ) -> list[str]:
-    """What the model writes after each prompt: the text to put right behind it, without a final <eos>.
+    """What the model writes after each prompt, a text or its token ids: the text to put right behind it, without a final <eos>.
 
     With stop_at_eos False a text goes on after <eos> (for words: after the line) up to max_new_tokens. A prompt starts
     with the token that the tokenizer puts before a text, an empty one with <eos> where there is none. `stream_text` is
@@ -153,7 +178,7 @@ def complete(
     """
     if stream_text is not None and len(prompts) != 1:
         raise ValueError(f"stream_text: got {len(prompts)} prompts, can follow 1")
-    rows = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    rows = [tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     so_far: list[int] = []
     sent = 0
 
@@ -214,4 +239,4 @@ def _continuation(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> tu
     return text[start:], settled - start
 
 
-__all__ = ["check_tokens", "complete", "generate"]
+__all__ = ["check_sampling", "check_seed", "check_tokens", "complete", "cropped", "generate"]
