@@ -143,4 +143,63 @@ class Mark:
         return earlier.event.elapsed_time(self.event) / 1000
 
 
-__all__ = ["Mark", "Processes", "StepGraph", "peak_flops", "pick_device", "processes"]
+@dataclass
+class Reading:
+    """A loss on its way from the device to the log, and the steps since the last one."""
+
+    loss: Tensor  # on the host once `end` has passed
+    begin: Mark
+    end: Mark
+    step: int
+    steps: int
+    seconds: float
+    lr: float
+
+
+class Speed:
+    """Readings of a run, each handed to `report` with the seconds that its steps took.
+
+    A GPU is still working on the steps of a reading when it is made, so `report` gets the one before, for which nobody has to
+    wait; `settle` waits for the last one.
+    """
+
+    def __init__(self, device: torch.device, step: int, report: Callable[[Reading, float], None]):
+        self.device, self.report = device, report
+        self.busy, self.trained, self.readings = 0.0, 0, 0  # seconds and steps spent in training alone
+        self._underway: Reading | None = None
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """What came since the last reading was no training."""
+        self._step, self._mark = step, Mark(self.device)
+
+    def read(self, loss: Tensor, step: int, end: Mark, seconds: float, lr: float) -> None:
+        """`loss` of the steps that ended at `end`: a scalar on the device."""
+        if self.device.type == "cuda":
+            loss = torch.empty((), pin_memory=True).copy_(loss, non_blocking=True)
+        reading = Reading(loss, self._mark, end, step, step - self._step, seconds, lr)
+        self._step, self._mark = step, end
+        before, self._underway = self._underway, reading
+        if self.device.type != "cuda":
+            self.settle()
+        elif before is not None:
+            self._hand(before)
+
+    def settle(self) -> None:
+        reading, self._underway = self._underway, None
+        if reading is not None:
+            self._hand(reading)
+
+    def _hand(self, reading: Reading) -> None:
+        reading.end.wait()
+        took = reading.end.since(reading.begin)
+        self.busy, self.trained, self.readings = self.busy + took, self.trained + reading.steps, self.readings + 1
+        self.report(reading, took)
+
+    @property
+    def mean(self) -> float:
+        """Steps per second; NaN where none were timed."""
+        return self.trained / self.busy if self.busy > 0 else float("nan")
+
+
+__all__ = ["Mark", "Processes", "Reading", "Speed", "StepGraph", "peak_flops", "pick_device", "processes"]

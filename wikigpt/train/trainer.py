@@ -23,7 +23,7 @@ from wikigpt.evaluate import Perplexity
 from wikigpt.files import writable_directory, write_atomically
 from wikigpt.model import GPT
 
-from .devices import Mark, Processes, StepGraph, peak_flops
+from .devices import Mark, Processes, Reading, Speed, StepGraph, peak_flops
 from .directory import CONFIG, LAST, clear
 from .interrupt import Interrupt, Stopped
 from .log import Log, forget_after, plot_loss
@@ -56,19 +56,6 @@ class Result:
     final: dict[str, Perplexity] = field(default_factory=dict)  # of these weights, by split
     tokens_per_second: float = math.nan
     seconds: float = 0.0
-
-
-@dataclass
-class Reading:
-    """A loss on its way from the device to the log, and the steps since the last one."""
-
-    loss: Tensor  # on the host once `end` has passed
-    begin: Mark
-    end: Mark
-    step: int
-    steps: int
-    seconds: float
-    lr: float
 
 
 class Trainer:
@@ -116,6 +103,7 @@ class Trainer:
         self.validated: int | None = None  # the step
         self._begun = False  # something of this run is on the disk
         self._log: Log | None = None
+        self._on_step: OnStep | None = None
         self._on_evaluate: OnEvaluate | None = None
         self._interrupt = Interrupt(self._notice)
         if state is not None:
@@ -444,110 +432,103 @@ class Trainer:
     def run(self, on_step: OnStep | None = None, on_evaluate: OnEvaluate | None = None) -> Result:
         """Train to the end (or to a signal). on_step(step, steps, figures) is called after each logged step,
         on_evaluate(split, done, total) during evaluations."""
-        train, device = self.config.train, self.processes.device
-        self._on_evaluate = on_evaluate
-        self.model.train()
-        begin_step, begin_seconds, begin = self.step, self.seconds, time.perf_counter()
-        busy, trained = 0.0, 0  # seconds and steps spent in training alone
-        logged_step, mark = self.step, Mark(device)
-        underway: Reading | None = None
-        loss = torch.full((), self.train_loss, device=device)
-        foretold = stopped = False
+        train = self.config.train
+        self._on_step, self._on_evaluate = on_step, on_evaluate
+        begin_step, begin = self.step, time.perf_counter()
+        self.speed = Speed(self.processes.device, self.step, self._report_step)
         final: dict[str, Perplexity] = {}
+        try:
+            with self._interrupt as interrupt:
+                stopped = self._train()
+                if self.step > begin_step:
+                    if not self._begun:
+                        self._begin()
+                    self._save()  # before anything that takes long
+                try:
+                    if stopped:
+                        raise Stopped
+                    if self.step < train.steps:
+                        limit = f"train.max_seconds={train.max_seconds:g}"
+                        self.log(f"stopped at step {self.step:,} of {train.steps:,}: {limit} is over")
+                    if self.validated != self.step:
+                        self._validate()
+                    final = self._final()
+                except Stopped:
+                    stopped = True
+                    if self.best_step is None:
+                        self._keep(None)
+                        self._barrier()
+                    name = signal.Signals(interrupt.signal).name if interrupt.signal is not None else "a signal"
+                    self.log(f"interrupted by {name} at step {self.step:,}, saved")
+            if self._log is not None:
+                self._draw()
+        finally:
+            if self._log is not None:
+                self._log.close()
+        rate, seconds = self.speed.mean * self.tokens_per_step, time.perf_counter() - begin
+        return Result(self.directory, self.step, stopped, self.train_loss, self.best_step, final, rate, seconds)
 
-        def report(reading: Reading) -> None:
-            nonlocal busy, trained, foretold
-            reading.end.wait()
-            self.train_loss = self._check(reading.loss, reading.step)
-            took = reading.end.since(reading.begin)
-            busy, trained = busy + took, trained + reading.steps
-            rate = reading.steps * self.tokens_per_step / max(took, 1e-9)
-            figures = {"loss": self.train_loss, "tokens_per_second": rate, "seconds": reading.seconds, "lr": reading.lr}
-            if (mfu := self._mfu(rate)) is not None:
-                figures["mfu"] = mfu
-            self._record(reading.step, **figures)
-            if on_step is not None and self.processes.first:
-                on_step(reading.step, train.steps, figures)
-            if not foretold and reading.begin.time > begin and self.step > 1:
-                foretold = True
-                self._foretell(rate)
+    def _train(self) -> bool:
+        """Steps until a limit is reached, or until a signal: True then. The loss of the last one is finite."""
+        train, speed = self.config.train, self.speed
+        begin_seconds, begin = self.seconds, time.perf_counter()
+        self.model.train()
+        loss: Tensor | None = None
 
         def settle() -> None:
             """Log what is under way, and look at the loss of the last step, which must be finite."""
-            nonlocal underway
-            if underway is not None:
-                report(underway)
-            underway = None
-            self.train_loss = self._check(self._mean(loss), self.step)
+            speed.settle()
+            if loss is not None:
+                self.train_loss = self._check(self._mean(loss), self.step)
 
-        with self._interrupt as interrupt:
-            try:
-                if self.progress() < 1.0 and self._validates():
-                    self._validate()  # the one that a signal has ended
-                while self.progress() < 1.0:
-                    loss = self.train_step()
-                    # Time in validation and saving counts too: the limit is what the user waits.
-                    self.seconds = begin_seconds + time.perf_counter() - begin
-                    self._agree(interrupt)
-                    first, over = not self._begun, self.progress() >= 1.0
-                    logs = over or self.step % train.log_interval == 0
-                    if first or logs:
-                        end = Mark(device)
-                    if first:
-                        settle()
-                        self._begin()
-                    if logs:
-                        value = self._mean(loss)
-                        if device.type == "cuda":
-                            value = torch.empty((), pin_memory=True).copy_(value, non_blocking=True)
-                        lr = train.lr * lr_factor(train, self.step, self.progress())
-                        reading = Reading(value, mark, end, self.step, self.step - logged_step, self.seconds, lr)
-                        # A GPU is working on this step still: the line before is what can be read without waiting.
-                        now, underway = (underway, reading) if device.type == "cuda" else (reading, None)
-                        if now is not None:
-                            report(now)
-                        logged_step, mark = self.step, end
-                    interrupt.check()
-                    validates = not over and self._validates()
-                    saves = not over and self.step % train.save_interval == 0
-                    if validates or saves:
-                        settle()
-                    if validates:
-                        self._validate()
-                    if saves:
-                        self._save()
-                    if first or validates or saves:
-                        logged_step, mark = self.step, Mark(device)
-            except Stopped:
-                stopped = True
-            if self.step > begin_step:
-                settle()
-                if not self._begun:
+        try:
+            if self.progress() < 1.0 and self._validates():
+                self._validate()  # the one that a signal has ended
+            while self.progress() < 1.0:
+                loss = self.train_step()
+                # Time in validation and saving counts too: the limit is what the user waits.
+                self.seconds = begin_seconds + time.perf_counter() - begin
+                asked = self._agree()
+                first, over = not self._begun, self.progress() >= 1.0
+                end = Mark(self.processes.device)
+                if first:
+                    settle()
                     self._begin()
-                self._save()  # before anything that takes long
-            try:
-                if stopped:
-                    raise Stopped
-                if self.step < train.steps:
-                    self.log(
-                        f"stopped at step {self.step:,} of {train.steps:,}: train.max_seconds={train.max_seconds:g} is over"
-                    )
-                if self.validated != self.step:
+                if over or self.step % train.log_interval == 0:
+                    lr = train.lr * lr_factor(train, self.step, self.progress())
+                    speed.read(self._mean(loss), self.step, end, self.seconds, lr)
+                # Alone, a process may stop for a signal that came since; one of several must do as all do.
+                asked = asked or (self.processes.size == 1 and self._interrupt.signal is not None)
+                if asked or over:
+                    break
+                validates, saves = self._validates(), self.step % train.save_interval == 0
+                if validates or saves:
+                    settle()
+                if validates:
                     self._validate()
-                final = self._final()
-            except Stopped:
-                stopped = True
-                if self.best_step is None:
-                    self._keep(None)
-                    self._barrier()
-                name = signal.Signals(interrupt.signal).name if interrupt.signal is not None else "a signal"
-                self.log(f"interrupted by {name} at step {self.step:,}, saved")
-        if self._log is not None:
-            self._log.close()
-            self._draw()
-        rate = trained * self.tokens_per_step / busy if busy > 0 else math.nan
-        seconds = time.perf_counter() - begin
-        return Result(self.directory, self.step, stopped, self.train_loss, self.best_step, final, rate, seconds)
+                if saves:
+                    self._save()
+                if first or validates or saves:
+                    speed.restart(self.step)
+        except Stopped:
+            asked = True
+        else:
+            asked = loss is not None and asked
+        settle()
+        return asked
+
+    def _report_step(self, reading: Reading, took: float) -> None:
+        """Log what the device says of the last steps, which took so many seconds."""
+        self.train_loss = self._check(reading.loss, reading.step)
+        rate = reading.steps * self.tokens_per_step / max(took, 1e-9)
+        figures = {"loss": self.train_loss, "tokens_per_second": rate, "seconds": reading.seconds, "lr": reading.lr}
+        if (mfu := self._mfu(rate)) is not None:
+            figures["mfu"] = mfu
+        self._record(reading.step, **figures)
+        if self._on_step is not None and self.processes.first:
+            self._on_step(reading.step, self.config.train.steps, figures)
+        if self.speed.readings == 2:  # the first holds what was compiled
+            self._foretell(rate)
 
     def _foretell(self, tokens_per_second: float) -> None:
         """How long it will take, once something is known about it."""
@@ -566,14 +547,15 @@ class Trainer:
         except UserError as error:
             self.log(f"no picture of the loss: {error}")
 
-    def _agree(self, interrupt: Interrupt) -> None:
-        """Whether to stop and what the clock says, the same for all processes, so that none waits for another for ever."""
-        if self.processes.size == 1:
-            return
-        both = torch.tensor([interrupt.signal or 0, self.seconds], dtype=torch.float64, device=self.processes.device)
-        dist.all_reduce(both, op=dist.ReduceOp.MAX)
-        interrupt.signal = int(both[0]) or None
-        self.seconds = float(both[1])
+    def _agree(self) -> bool:
+        """Whether to stop after this step. That and the clock are the same for all processes, so that none waits for another
+        for ever."""
+        asked = self._interrupt.signal or 0
+        if self.processes.size > 1:
+            both = torch.tensor([asked, self.seconds], dtype=torch.float64, device=self.processes.device)
+            dist.all_reduce(both, op=dist.ReduceOp.MAX)
+            asked, self.seconds = int(both[0]), float(both[1])
+        return asked != 0
 
     def _mfu(self, tokens_per_second: float) -> float | None:
         """Model FLOP utilisation, or None where the device's peak is not known."""
