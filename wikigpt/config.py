@@ -357,7 +357,7 @@ def _parse(text: str, source: str) -> dict[str, Any]:
     if content is None:  # nothing but comments
         return {}
     if not isinstance(content, dict):
-        kind = {list: "a list", str: "text"}.get(type(content), type(content).__name__)
+        kind = "a list" if isinstance(content, list) else "text" if isinstance(content, str) else type(content).__name__
         raise UserError(f'{source}: expected groups {", ".join(GROUPS)}, as in "train: {{lr: 1e-3}}", got {kind}')
     return content
 
