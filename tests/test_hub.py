@@ -1,7 +1,9 @@
 """Hugging Face interchange: the same logits here and in transformers, both ways. None reaches the network."""
 
+import contextlib
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
@@ -17,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 from transformers.models.llama import modeling_llama
 
 from wikigpt import checkpoint
+from wikigpt import hub as hub_module
 from wikigpt.data import BPETokenizer, ByteTokenizer, WordTokenizer, tokenizer_from_json
 from wikigpt.errors import UserError
 from wikigpt.hub import from_pretrained, load_tokenizer, save_pretrained
@@ -331,11 +334,102 @@ def test_a_saved_model_keeps_its_dtype_and_says_so(tmp_path, dtype):
     assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == dtype
 
 
-def test_saving_again_replaces_and_leaves_no_temporary_file(tmp_path):
-    save_pretrained(ours(), tmp_path)
-    save_pretrained(second := randomised(ours(), seed=5), tmp_path)
+def test_saving_again_needs_overwrite_replaces_and_leaves_no_temporary_file(tmp_path):
+    first = ours()
+    save_pretrained(first, tmp_path)
+    second = randomised(ours(), seed=5)
+    with pytest.raises(UserError, match=r"is not empty \(config.json, model.safetensors\); name another directory, or add"):
+        save_pretrained(second, tmp_path)
+    assert_same_logits(from_pretrained(str(tmp_path), dtype=torch.float64), first)
+    save_pretrained(second, tmp_path, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
     assert_same_logits(from_pretrained(str(tmp_path), dtype=torch.float64), second)
+
+
+def test_overwriting_leaves_the_users_files_and_nothing_of_another_model(tmp_path):
+    theirs("gpt2").save_pretrained(tmp_path, max_shard_size="20KB")
+    for name in ("README.md", "pytorch_model.bin", "vocab.json", "merges.txt", "tokenizer.json", "special_tokens_map.json"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / ".git").mkdir()
+    save_pretrained(model := randomised(ours(), seed=5), tmp_path, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "README.md", ".git"}
+    assert_same_logits(from_pretrained(str(tmp_path), dtype=torch.float64), model)
+    assert load_tokenizer(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["wiki-gpt.pth", "last.pth"])
+def test_a_run_directory_is_no_place_for_an_export(tmp_path, name):
+    (tmp_path / name).write_bytes(b"weights")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="holds a run or a checkpoint"):
+            save_pretrained(ours(), tmp_path, overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_file_is_no_place_for_an_export(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="file is a file; name a directory"):
+        save_pretrained(ours(), tmp_path / "file", overwrite=True)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("written", range(6))
+def test_an_export_that_is_interrupted_while_it_writes_leaves_what_was_there(tmp_path, monkeypatch, written):
+    """Six files, the interrupt before one of them."""
+    model = ours(vocab_size=257)
+    save_pretrained(model, tmp_path / "old")
+    write, files = hub_module.write_atomically, []
+
+    def interrupted(path, content):
+        if len(files) == written:
+            raise KeyboardInterrupt
+        files.append(path)
+        write(path, content)
+
+    monkeypatch.setattr(hub_module, "write_atomically", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_pretrained(ours(vocab_size=257), tmp_path / "new", ByteTokenizer())
+    assert not (tmp_path / "new").exists()
+    files.clear()
+    with pytest.raises(KeyboardInterrupt):
+        save_pretrained(randomised(ours(vocab_size=257), seed=5), tmp_path / "old", ByteTokenizer(), overwrite=True)
+    assert {path.name for path in (tmp_path / "old").iterdir()} == {"config.json", "model.safetensors"}
+    assert_same_logits(from_pretrained(str(tmp_path / "old"), dtype=torch.float64), model)
+
+
+@pytest.mark.parametrize("moved", range(6))
+def test_a_process_killed_while_files_take_their_places_leaves_no_half_model_that_loads(tmp_path, monkeypatch, moved):
+    save_pretrained(ours(vocab_size=257), tmp_path)
+    replace, places = os.replace, []
+
+    def killed(source, target):
+        if not Path(source).name.startswith("."):  # not those of write_atomically
+            places.append(target)
+            if len(places) > moved:
+                raise SystemExit
+        replace(source, target)
+
+    monkeypatch.setattr(hub_module.os, "replace", killed)
+    monkeypatch.setattr(hub_module.shutil, "rmtree", lambda *_, **__: None)  # nobody cleans up
+    second = randomised(ours(vocab_size=257), seed=5)
+    with contextlib.suppress(SystemExit):
+        save_pretrained(second, tmp_path, ByteTokenizer(), overwrite=True)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        from_pretrained(str(tmp_path))
+    save_pretrained(second, tmp_path, ByteTokenizer(), overwrite=True)  # the next one removes what is left
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert_same_logits(from_pretrained(str(tmp_path), dtype=torch.float64), second)
+
+
+def test_a_full_disk_during_an_export_is_one_line(tmp_path, monkeypatch):
+    def full(path, content):
+        raise UserError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr(hub_module, "write_atomically", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        save_pretrained(ours(), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_transformers_model_saved_by_us_generates_what_greedy_decoding_here_gives(tmp_path, exact):

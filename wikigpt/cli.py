@@ -526,13 +526,14 @@ def attention(
 def export(
     directory: Path = typer.Argument(..., help="directory to write"),
     checkpoint: str | None = CheckpointOption,
+    overwrite: bool = typer.Option(False, help="replace the model in DIRECTORY; files of other kinds stay"),
 ) -> None:
     """Write the model for `transformers.AutoModelForCausalLM` and vLLM (GPT-2 or Llama layout, safetensors)."""
     from . import hub
     from .checkpoint import load_model
 
     loaded = load_model(checkpoint or newest_run())
-    hub.save_pretrained(loaded.model, directory, loaded.tokenizer)
+    hub.save_pretrained(loaded.model, directory, loaded.tokenizer, overwrite)
     console.print(f"wrote {directory}; load it with transformers.AutoModelForCausalLM.from_pretrained({str(directory)!r})")
 
 

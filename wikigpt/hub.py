@@ -7,9 +7,13 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,6 +45,8 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _WEIGHT_FILES = ["model*.safetensors", "model.safetensors.index.json"]
 _BIN_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 _TOKENIZER_FILES = [OWN_TOKENIZER, "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
+# What else of a model may lie in a directory and would belong to none once another one is there.
+_REST = ["generation_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"]
 
 
 # ---- files ----
@@ -393,11 +399,13 @@ def from_pretrained(source: str, **overrides: Any) -> GPT:
     return model.eval()
 
 
-def save_pretrained(model: GPT, directory: str | Path, tokenizer: Tokenizer | None = None) -> None:
+def save_pretrained(model: GPT, directory: str | Path, tokenizer: Tokenizer | None = None, overwrite: bool = False) -> None:
     """Write a directory that transformers and vLLM load; with `tokenizer`, `AutoTokenizer` does so too.
 
     The layout is GPT-2's for learned positions, Llama's for rotary ones; a GPT-2 without biases gets zeros.
-    Weights keep their dtype. Raises UserError where the model fits neither or a file cannot be written.
+    Weights keep their dtype. `overwrite` allows a directory that holds files: those of a model are replaced, others stay.
+    Whatever interrupts this, the directory has a whole model or none that loads.
+    Raises UserError where the model fits neither layout, the directory holds files or a run, or a file cannot be written.
     """
     special = {} if tokenizer is None else {"bos_token_id": tokenizer.first_id, "eos_token_id": tokenizer.eos_id}
     hf = _config_to(model, special)
@@ -406,7 +414,7 @@ def save_pretrained(model: GPT, directory: str | Path, tokenizer: Tokenizer | No
             f"the tokenizer has {tokenizer.vocab_size} types, the model {model.config.vocab_size}: "
             "save the model with the tokenizer that it was trained with"
         )
-    directory = writable_directory(directory)
+    _check_target(Path(directory), overwrite)
     state = model.state_dict()
     tensors = {}
     for name, part in _parts(model.config, hf).items():
@@ -418,16 +426,58 @@ def save_pretrained(model: GPT, directory: str | Path, tokenizer: Tokenizer | No
             tensors[name] = torch.zeros(weight.shape[0], dtype=weight.dtype)
     from safetensors.torch import save
 
-    write_atomically(directory / "model.safetensors", lambda file: file.write(save(tensors, metadata={"format": "pt"})))
+    files = {"model.safetensors": save(tensors, metadata={"format": "pt"})}
     if tokenizer is not None:
-        _save_tokenizer(tokenizer, directory, model.config.context_length)
-        _write_json(directory / "generation_config.json", {**special, "pad_token_id": tokenizer.eos_id})
-    _write_json(directory / "config.json", hf)
+        files |= _tokenizer_files(tokenizer, model.config.context_length)
+        files["generation_config.json"] = _json({**special, "pad_token_id": tokenizer.eos_id})
+    _write(Path(directory), {**files, "config.json": _json(hf)})
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+_UNFINISHED = ".export-"  # begins the name of the folder in which files are written before they take their places
+
+
+def _check_target(directory: Path, overwrite: bool) -> None:
+    """Raises UserError for a directory that a model must not be written to."""
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is a file; name a directory")
+    names = sorted(p.name for p in directory.iterdir() if not p.name.startswith(_UNFINISHED)) if directory.is_dir() else []
+    if any(name.endswith(".pth") for name in names):
+        raise UserError(f"{directory} holds a run or a checkpoint; name another directory for the export")
+    if names and not overwrite:
+        raise UserError(
+            f"{directory} is not empty ({_listed(set(names))}); name another directory, or add --overwrite "
+            "(overwrite=True) to replace the model in it"
+        )
+
+
+def _write(directory: Path, files: dict[str, bytes]) -> None:
+    """Write a model's files, config.json last: without that one nothing loads a directory. Raises UserError."""
+    existed = directory.is_dir()
+    writable_directory(directory)
+    try:
+        for left in directory.glob(f"{_UNFINISHED}*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        work = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=directory))
+        try:
+            for name, content in files.items():
+                write_atomically(work / name, lambda file, content=content: file.write(content))
+            (directory / "config.json").unlink(missing_ok=True)
+            for pattern in (*_WEIGHT_FILES, *_BIN_FILES, *_TOKENIZER_FILES, *_REST):
+                for old in directory.glob(pattern):
+                    old.unlink()
+            for name in sorted(files, key="config.json".__eq__):
+                os.replace(work / name, directory / name)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            if not existed:
+                with suppress(OSError):  # not empty: it has the model
+                    directory.rmdir()
+    except OSError as error:
+        raise UserError(f"cannot write to {directory} ({error.strerror}): free some space or name another directory") from None
 
 
 # ---- tokenizers ----
@@ -522,7 +572,8 @@ def _special_id(which: str, directory: Path, model: Model) -> int | None:
     return token_id[0] if isinstance(token_id, list) else token_id
 
 
-def _save_tokenizer(tokenizer: Tokenizer, directory: Path, context_length: int) -> None:
+def _tokenizer_files(tokenizer: Tokenizer, context_length: int) -> dict[str, bytes]:
+    """What `AutoTokenizer` reads, and ours, by name."""
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
@@ -541,10 +592,11 @@ def _save_tokenizer(tokenizer: Tokenizer, directory: Path, context_length: int) 
         settings["split_special_tokens"] = True
         if isinstance(tokenizer, WordTokenizer):
             settings["unk_token"] = UNK
-    text = model.to_str(pretty=True)
-    write_atomically(directory / "tokenizer.json", lambda file: file.write(text.encode()))
-    _write_json(directory / "tokenizer_config.json", settings)
-    _write_json(directory / OWN_TOKENIZER, tokenizer.to_json())
+    return {
+        "tokenizer.json": model.to_str(pretty=True).encode(),
+        "tokenizer_config.json": _json(settings),
+        OWN_TOKENIZER: _json(tokenizer.to_json()),
+    }
 
 
 def _as_library_model(tokenizer: Tokenizer) -> Model:

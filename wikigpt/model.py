@@ -287,11 +287,11 @@ class GPT(nn.Module):
 
         return hub.from_pretrained(source, **overrides)
 
-    def save_pretrained(self, directory: str, tokenizer: Any = None) -> None:
+    def save_pretrained(self, directory: str, tokenizer: Any = None, overwrite: bool = False) -> None:
         """Write a directory that `transformers.AutoModelForCausalLM` and vLLM load. See `wikigpt.hub.save_pretrained`."""
         from . import hub
 
-        hub.save_pretrained(self, directory, tokenizer)
+        hub.save_pretrained(self, directory, tokenizer, overwrite)
 
 
 __all__ = ["GPT", "GPTConfig", "KVCache", "check_backend"]
