@@ -6,6 +6,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from wikigpt import GPT, GPTConfig, checkpoint
+from wikigpt import pairs as pairs_module
 from wikigpt.bleu import evaluate_bleu
 from wikigpt.data import BPETokenizer, ByteTokenizer, WordTokenizer, train_tokenizer
 from wikigpt.errors import UserError
@@ -127,7 +129,42 @@ def test_a_missing_file_and_a_directory_are_user_errors(tmp_path):
         read_pairs(tmp_path)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_another_unicode_is_named_by_its_byte_order_mark(tmp_path, encoding):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes('{"prompt": "a", "completion": "b"}\n'.encode(encoding))
+    with pytest.raises(UserError, match=rf"pairs.jsonl is {encoding.upper()} text: save it as UTF-8, e.g. iconv -f {encoding}"):
+        read_pairs(path)
+
+
+def test_line_ends_of_windows_and_line_separators_within_a_string_are_read(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes('{"prompt": "a\u2028b", "completion": "c\x85"}\r\n{"prompt": "d", "completion": "e"}\r\n'.encode())
+    assert read_pairs(path) == [Pair("a\u2028b", "c\x85"), Pair("d", "e")]
+
+
+def test_a_large_file_is_read_line_by_line(tmp_path):
+    """Its bytes are never in memory as a whole: 40 MB of other keys take little more than their pairs do."""
+    path = tmp_path / "pairs.jsonl"
+    line = json.dumps({"prompt": "a", "completion": "b", "notes": "x" * 1_000_000}) + "\n"
+    path.write_text(line * 40)
+    tracemalloc.start()
+    pairs = read_pairs(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(pairs) == 40
+    assert peak < 10e6
+
+
 # ---- encoding ----
+
+
+def test_more_pairs_than_memory_holds_name_the_longest(monkeypatch):
+    monkeypatch.setattr(pairs_module, "machine_memory", lambda device: 1000)
+    pairs = [Pair("a", "b", "f:1"), Pair("a" * 40, "b" * 10, "f:2")]
+    with pytest.raises(UserError, match="2 pairs, padded to the 50 tokens of f:2, take"):
+        encode_pairs(pairs, ByteTokenizer(), 64)
+    assert encode_pairs(pairs[:1], ByteTokenizer(), 64)[0].shape == (1, 2)
 
 
 def test_targets_are_the_completion_and_eos_and_nothing_of_prompt_or_padding():

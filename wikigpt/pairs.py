@@ -5,6 +5,7 @@ Shapes: N pairs, S tokens of the longest pair.
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
 from collections.abc import Callable, Sequence
@@ -15,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .data.sources import marked_encoding
 from .errors import UserError
+from .memory import machine_memory
 
 if TYPE_CHECKING:
     from .data import Tokenizer
@@ -38,12 +41,20 @@ def read_pairs(path: str | Path) -> list[Pair]:
     Blank lines are skipped. Raises UserError that names the file and line of what is wrong.
     """
     path = Path(path)
+    pairs = []
     try:
-        lines = path.read_bytes().split(b"\n")
+        with path.open("rb") as file:  # line by line: the file itself is never in memory
+            for number, line in enumerate(file, 1):
+                if number == 1:
+                    if (encoding := marked_encoding(line)) is not None:
+                        raise UserError(
+                            f"{path} is {encoding.upper()} text: save it as UTF-8, e.g. iconv -f {encoding} -t utf-8"
+                        )
+                    line = line.removeprefix(codecs.BOM_UTF8)  # Windows editors put it before UTF-8
+                if line.strip():
+                    pairs.append(_parse(line, f"{path}:{number}"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; name a file with lines like {EXAMPLE}") from None
-    lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")  # the mark that Windows editors put before UTF-8
-    pairs = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not pairs:
         raise UserError(f"{path} is empty: it needs lines like {EXAMPLE}")
     return pairs
@@ -90,8 +101,8 @@ def encode_pairs(
     its <eos> alone. Prompt and completion are encoded apart, so that generation meets a prompt cut as in
     training. `log` is told the share of words that the vocabulary lacks, if there are any.
 
-    Raises UserError for a pair that does not fit into context_length, and, with a word tokenizer, for a
-    completion of several lines (a line break is its <eos>).
+    Raises UserError for a pair that does not fit into context_length, with a word tokenizer for a completion of
+    several lines (a line break is its <eos>), and for more pairs than the machine's memory holds.
     """
     if not pairs:
         raise ValueError("pairs: got none, must be 1 or more")
@@ -116,7 +127,13 @@ def encode_pairs(
     if unknown and log is not None:
         log(f"{unknown:,} of {total:,} words ({unknown / total:.1%}) are unknown to the vocabulary: <unk>")
 
-    length = max(len(p) + len(c) for p, c in rows)
+    length, longest = max((len(p) + len(c), pair.where) for (p, c), pair in zip(rows, pairs))
+    needed, have = 2 * 8 * length * len(rows), machine_memory(torch.device("cpu"))
+    if have is not None and needed > have:
+        raise UserError(
+            f"{len(rows):,} pairs, padded to the {length:,} tokens of {longest}, take {needed / 2**30:,.0f} GiB, this "
+            f"machine has {have / 2**30:,.0f}; leave out the longest pairs, or use fewer"
+        )
     ids = torch.full((len(rows), length), tokenizer.eos_id)
     targets = torch.full((len(rows), length), IGNORE)
     for i, (p, c) in enumerate(rows):
