@@ -13,6 +13,7 @@ import wikigpt.kernels as kernels
 
 from wikigpt.config import BACKENDS, GROUPS, GPTConfig, TrainConfig, dump, presets, resolve, settings
 from wikigpt.errors import UserError
+from wikigpt.train import Batches
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "training.md"
 
@@ -237,6 +238,8 @@ def test_the_table_of_nonsense_knows_every_setting():
 def test_a_seed_is_any_that_torch_takes_to_the_last_bit(seed):
     assert resolve(overrides=[f"seed={seed}"]).train.seed == seed
     torch.Generator().manual_seed(seed)
+    starts = [Batches(torch.arange(100), 4, s).starts(0).tolist() for s in (seed, 1337)]
+    assert starts[0] != starts[1]
 
 
 @pytest.mark.parametrize("seed", [-(2**63) - 1, 2**64, 2**80])
