@@ -250,6 +250,16 @@ def test_without_network_one_line_names_the_ways_out():
     assert all(way in text for way in ("no route to host", "--data-dir", "WIKIGPT_DATA_DIR", "HTTPS_PROXY", "--dataset auto"))
 
 
+def test_where_the_hub_is_switched_off_the_switch_is_named(monkeypatch):
+    def offline(*args, **kwargs):
+        raise huggingface_hub.errors.OfflineModeIsEnabled("Cannot reach the Hub: offline mode is enabled.")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", offline)
+    text = message(load_text)
+    assert "unset HF_HUB_OFFLINE" in text
+    assert "HTTPS_PROXY" not in text
+
+
 def test_a_hub_that_never_answers_is_given_up_in_seconds_without_noise(tmp_path):
     code = (
         "from wikigpt.data import load_text\nfrom wikigpt.errors import UserError\n"

@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import tempfile
+import textwrap
 import threading
 import unicodedata
 from collections.abc import Callable, Mapping
@@ -238,10 +239,11 @@ def _download(dataset: str) -> dict[str, bytes]:
         except UserError:
             raise
         except Exception as error:  # three generations of HTTP libraries below, with no base class in common
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
+            way = "unset HF_HUB_OFFLINE" if type(error).__name__ == "OfflineModeIsEnabled" else "name a proxy in HTTPS_PROXY"
             raise Unreachable(
                 f"cannot download {dataset} from the Hugging Face Hub ({reason}): give a local copy with --data-dir or "
-                "WIKIGPT_DATA_DIR, or name a proxy in HTTPS_PROXY"
+                f"WIKIGPT_DATA_DIR, or {way}"
             ) from None
         # The Hub's rows are the original file's lines with their line ends, except that a line of white space
         # is "" there. In the original files all such lines are " \n", so this restores them byte for byte.
