@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__
+from .cli_group import Group
 from .errors import UserError
 from .settings_help import keys_epilog
 
@@ -29,14 +30,15 @@ MOST_TOKENS = 1_000_000  # of one text: more is a slip of the finger
 
 app = typer.Typer(
     name="wikigpt",
+    cls=Group,
     help="Train a GPT on WikiText-2 with fused kernels, measure it, and use it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Look at the text and its tokens.", no_args_is_help=True)
+data_app = typer.Typer(cls=Group, help="Look at the text and its tokens.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-config_app = typer.Typer(help="Look at the settings of training.", no_args_is_help=True)
+config_app = typer.Typer(cls=Group, help="Look at the settings of training.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 # Paths and texts may hold brackets and colons, which rich would take for its own.
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -62,6 +64,7 @@ def newest_run() -> Path:
 
 def load(source: str | None, device: str, backend: str | None = None) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     from .checkpoint import load_model
+    from .model import check_backend
     from .train import pick_device
 
     on = pick_device(device)
@@ -71,15 +74,6 @@ def load(source: str | None, device: str, backend: str | None = None) -> tuple[G
     if loaded.tokenizer is None:
         raise UserError(f"{source} holds no tokenizer that wikigpt can read; use a checkpoint of `wikigpt train`")
     return loaded.model, loaded.tokenizer, loaded.content
-
-
-def check_backend(name: str | None, device_type: str) -> None:
-    """Raises UserError for a backend, from --backend or WIKIGPT_BACKEND, that is unknown or has no GPT on this device."""
-    from . import kernels
-
-    with refused(None if name else "WIKIGPT_BACKEND", (ValueError, RuntimeError)):
-        for op in ("attention", "layer_norm", "rms_norm", "linear_cross_entropy"):  # a GPT has one of the norms
-            kernels._dispatch.choose(op, device_type, name)
 
 
 @contextlib.contextmanager
@@ -104,12 +98,7 @@ def show_version(wanted: bool) -> None:
 @app.callback()
 def common(
     version: bool = typer.Option(False, "--version", callback=show_version, is_eager=True, help="Print the version and leave."),
-    threads: int = typer.Option(0, help="CPU threads (0: one per core)", min=0),
-) -> None:
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
+) -> None: ...
 
 
 @data_app.command("info")
@@ -242,7 +231,7 @@ def train(
     loaded = checkpoints.load_model(out, trainer.processes.device)
     assert loaded.tokenizer is not None
 
-    console.print("\n[bold]a continuation[/bold]")
+    console.print("\na continuation", style="bold")
     text = complete(loaded.model, loaded.tokenizer, [prompt], 50, temperature=0.8, top_k=40, seed=0, stop_at_eos=False)[0]
     console.print(prompt + text, markup=False)
     console.print(
