@@ -1,12 +1,14 @@
 """The plots of docs/benchmarks.md: each as NAME.svg and NAME-dark.svg for the page, and NAME.png for everywhere else.
 
-Under every plot stand hardware, versions, date and commit of the results in it. Ours is always the same strong colour and is
-drawn on top; a peer has the same colour in every plot.
+Under every plot stand hardware, versions, date and commit of the results in it. Ours is always the same strong colour, filled
+and drawn on top, its variants are hollow. A peer has the same colour and marker in every plot, hollow and larger than ours, so
+that what coincides can still be seen.
 """
 
 from __future__ import annotations
 
 import functools
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 if TYPE_CHECKING:
     from .records import Record
@@ -42,13 +45,23 @@ DARK = Theme("#0d1117", "#e6edf3", "#30363d", "#58a6ff",
 Make = Callable[[Theme], Figure]
 Value = Callable[[dict[str, Any]], float]
 MARKERS = ("s", "^", "D", "v", "P", "X", "*", "h")
-# Peers in the order in which they take colours; those that are not named follow.
-PEERS = (
-    "SDPA flash", "SDPA cuDNN", "FlexAttention", "flash-attn 2", "flash-attn 3", "SDPA efficient", "reference", "SDPA math",
-    "torch", "torch.compile", "liger", "quack", "plain PyTorch", "plain PyTorch, compiled", "transformers", "seed document",
-    "linear + cross_entropy", "linear + cross_entropy, float32", "F.linear_cross_entropy, chunks",
-    "F.linear_cross_entropy, accurate", "cut_cross_entropy",
-)  # fmt: skip
+# Peer -> its colour. 0 is what PyTorch users write, 1 the same compiled (attention: cuDNN). Those that meet in no plot share.
+PEERS = {
+    "SDPA flash": 0, "SDPA cuDNN": 1, "FlexAttention": 2, "flash-attn 2": 3, "flash-attn 3": 4, "SDPA efficient": 5,
+    "SDPA math": 6, "reference": 7, "torch": 0, "torch.compile": 1, "liger": 2, "quack": 3, "torch fused": 4,
+    "torch foreach": 5, "torch for-loop": 6, "SDPA": 7, "linear + cross_entropy": 0, "sdpa-compile": 1, "transformers": 2,
+    "seed document": 3, "F.linear_cross_entropy, chunks": 4, "linear + cross_entropy, float32": 5,
+    "F.linear_cross_entropy, accurate": 6, "cut_cross_entropy": 7, "plain PyTorch": 0, "plain PyTorch, compiled": 1,
+    "flashinfer": 2, "torch, softmax + multinomial": 3, "plain PyTorch, vocabulary padded, compiled": 5, "F.cross_entropy": 0,
+    "torch, sort + multinomial": 6, "torch, topk + multinomial": 7,
+}  # fmt: skip
+
+
+def _before(name: str) -> int:
+    """How many peers have taken this one's colour before it, each with another marker."""
+    names = list(PEERS)
+    earlier = names[: names.index(name)] if name in PEERS else names
+    return sum(PEERS[other] == PEERS.get(name, 0) for other in earlier)
 
 
 def is_ours(name: str) -> bool:
@@ -64,18 +77,25 @@ class Style:
 
     def __post_init__(self) -> None:
         known = [name for name in PEERS if name in self.names]
-        self.peers = known + sorted(name for name in self.names if not is_ours(name) and name not in known)
+        others = sorted(name for name in self.names if not is_ours(name) and name not in known)
+        taken = {PEERS[name] for name in known}
+        free = [i for i in range(len(self.theme.peers)) if i not in taken] or list(range(len(self.theme.peers)))
+        self.peers = known + others
+        self.colors = {name: PEERS[name] for name in known} | {name: free[i % len(free)] for i, name in enumerate(others)}
         self.variants = sorted(name for name in self.names if is_ours(name))
 
     def color(self, name: str) -> str:
-        return self.theme.ours if is_ours(name) else self.theme.peers[self.peers.index(name) % len(self.theme.peers)]
+        return self.theme.ours if is_ours(name) else self.theme.peers[self.colors[name]]
 
     def line(self, name: str) -> dict[str, Any]:
         if is_ours(name):
-            dash = ("-", "--", ":", "-.")[self.variants.index(name) % 4]
-            return {"color": self.theme.ours, "marker": "o", "linewidth": 2.4, "linestyle": dash, "zorder": 3}
-        marker = MARKERS[self.peers.index(name) % len(MARKERS)]
-        return {"color": self.color(name), "marker": marker, "linewidth": 1.3, "zorder": 2}
+            i = self.variants.index(name)
+            shared = {"color": self.theme.ours, "marker": ("o", *MARKERS)[i % 9], "linewidth": 2.4, "zorder": 3}
+            hollow = {} if name == "ours" else {"markerfacecolor": "none", "markeredgewidth": 1.4}
+            return {**shared, **hollow, "linestyle": ("-", "--", ":", "-.")[i % 4]}
+        marker = MARKERS[(self.colors[name] + _before(name)) % len(MARKERS)]
+        return {"color": self.color(name), "marker": marker, "linewidth": 1.3, "zorder": 2, "markersize": 8,
+                "markerfacecolor": "none", "markeredgewidth": 1.4}  # fmt: skip
 
     def order(self) -> list[str]:
         return [*self.variants, *self.peers]
@@ -112,13 +132,18 @@ def _save(path: Path, title: str, caption: str, make: Make) -> Path:
 
 
 def _wrapped(text: str, width: int) -> str:
-    import textwrap
-
     return "\n".join(textwrap.wrap(text, width))
 
 
 def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)  # type: ignore[union-attr]
+    return figure
+
+
+def _count(value: float, _: object = None) -> str:
+    """A number on an axis, short enough that ticks keep apart."""
+    return f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k" if value >= 1e5 else f"{value:,g}"
 
 
 def _legend(figure: Figure, style: Style, **changes: Any) -> None:
@@ -140,8 +165,9 @@ def _names(rows: Iterable[dict[str, Any]]) -> list[str]:
 # --- by sequence length -----------------------------------------------------------------------------------------------
 
 
-def by_length(rows: Rows, value: Value, label: str, log: bool) -> Make:
-    """A panel for each operation, a line for each implementation, sequence length on the horizontal axis."""
+def by_length(rows: Rows, value: Value, label: str) -> Make:
+    """A panel for each operation, a line for each implementation, sequence length on the horizontal axis. Values that differ by
+    more than a factor of 20 stand on a logarithmic axis."""
     panels = _panels(rows, lambda row: row["op"])
 
     def make(theme: Theme) -> Figure:
@@ -160,13 +186,14 @@ def by_length(rows: Rows, value: Value, label: str, log: bool) -> Make:
             axis.set_xticks(lengths, [f"{s // 1024}k" if s % 1024 == 0 else str(s) for s in lengths])
             axis.minorticks_off()
             axis.set(title=title, xlabel="sequence length", ylabel=label)
-            if log:
+            values = [value(row) for row in members]
+            if max(values) > 20 * min(values):
                 axis.set_yscale("log")
-                axis.grid(which="both")
-                for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-                    which(lambda value, _: f"{value:,.0f}" if f"{value:e}"[0] in "125" else "")
+                axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.yaxis.set_minor_locator(NullLocator())
             else:
-                axis.set_ylim(bottom=0)
+                axis.set_ylim(0, 1.08 * max(values))
+            axis.yaxis.set_major_formatter(_count)
         for axis in list(axes)[len(panels) :]:
             axis.set_visible(False)
         _legend(figure, style)
@@ -178,6 +205,9 @@ def by_length(rows: Rows, value: Value, label: str, log: bool) -> Make:
 # --- fraction of the roofline -----------------------------------------------------------------------------------------
 
 
+CEILINGS = {"matmul": "one large product", "copy": "one large copy"}
+
+
 def roofline(rows: Rows) -> Make:
     """A line of dots for each group: ours and the peers, as parts of the ceiling that was measured in the same run."""
     panels = _panels(rows, lambda row: row["op"])
@@ -185,27 +215,31 @@ def roofline(rows: Rows) -> Make:
     def make(theme: Theme) -> Figure:
         style = Style(theme, _names(rows))
         groups = [(op, shape) for op, members in panels.items() for shape in dict.fromkeys(row["shape"] for row in members)]
+        ceilings = {row["ceiling"] for row in rows}
         figure = _figure(10.5, 0.24 * (len(groups) + len(panels)) + 1.8)
         axis = figure.subplots()
         place, ticks, labels = 0.0, [], []
         for op, members in panels.items():
             axis.text(0.0, place, op, fontsize=9, fontweight="bold", va="center")
+            if len(ceilings) > 1:
+                axis.text(1.0, place, f"100%: {CEILINGS[members[0]['ceiling']]} ", fontsize=7.5, va="center", ha="right")
             place += 1
             for shape in dict.fromkeys(row["shape"] for row in members):
                 here = [row for row in members if row["shape"] == shape]
-                for row in sorted(here, key=lambda row: is_ours(row["name"])):
+                for row in sorted(here, key=lambda row: (is_ours(row["name"]), row["name"] == "ours")):
                     look = style.line(row["name"])
-                    axis.plot(row["of_ceiling"], place, marker=look["marker"], color=look["color"], zorder=look["zorder"],
-                              markersize=8 if row["name"] == "ours" else 5, linestyle="none")  # fmt: skip
+                    look |= {"markersize": 8 if row["name"] == "ours" else 7, "linestyle": "none", "clip_on": False}
+                    axis.plot(row["of_ceiling"], place, **look)
                 ticks.append(place)
-                labels.append(f"{shape}  ({'of matmul' if here[0]['ceiling'] == 'matmul' else 'of copy'})")
+                labels.append(shape)
                 place += 1
         axis.set_yticks(ticks, labels, fontsize=7.5)
         axis.set_ylim(place - 0.3, -0.7)
         axis.axvline(1.0, color=theme.ink, linewidth=1)
         axis.set_xlim(left=0, right=max(1.05, 1.05 * max(row["of_ceiling"] for row in rows)))
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axis.set_xlabel("part of the ceiling measured in the same run: one large product, one large copy")
+        what = CEILINGS[ceilings.pop()] if len(ceilings) == 1 else "the ceiling"
+        axis.set_xlabel(f"part of the rate of {what}, measured in the same run")
         _legend(figure, style, linestyle="none")
         return figure
 
@@ -222,6 +256,7 @@ def bars(rows: Rows, value: Value, label: str) -> Make:
     def make(theme: Theme) -> Figure:
         style = Style(theme, _names(rows))
         counts = [len(members) for members in panels.values()]
+        room = 96 - 3 * max(len(row["name"]) for row in rows) // 4  # letters of a title beside the names
         figure = _figure(9.0, 0.3 * sum(counts) + 0.75 * len(panels) + 0.8)
         axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=[count + 1.2 for count in counts])[:, 0]
         for axis, (title, members) in zip(axes, panels.items()):
@@ -233,9 +268,10 @@ def bars(rows: Rows, value: Value, label: str) -> Make:
             axis.set_yticks(places, _names(members))
             axis.invert_yaxis()
             axis.set_xlim(0, 1.16 * max(values))
-            axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+            axis.xaxis.set_major_locator(MaxNLocator(6))
+            axis.xaxis.set_major_formatter(_count)
             axis.grid(axis="y", visible=False)
-            axis.set_title(title, loc="left")
+            axis.set_title(textwrap.fill(title, room), loc="left")
         axes[-1].set_xlabel(label)
         return figure
 
@@ -251,7 +287,11 @@ def curves(runs: dict[str, dict[str, Any]]) -> Make:
         axis = figure.subplots()
         for name in sorted(runs, key=lambda name: runs[name]["valid_perplexity"]):
             part = runs[name]
-            look = style.line(name) | {"marker": "", "label": f"{name}: validation perplexity {part['valid_perplexity']:.1f}"}
+            look = style.line(name) | {
+                "marker": "",
+                "linewidth": 1.4,
+                "label": f"{name}: validation perplexity {part['valid_perplexity']:.1f}",
+            }
             axis.plot(*zip(*part["curve"]), **look)
         axis.set(xlabel="seconds of training", ylabel="training loss, nats a token")
         axis.legend()
@@ -293,10 +333,10 @@ def _bound(kind: str, row: dict[str, Any]) -> bool:
 # title, name of the file, which rows, how
 PLOTS: list[tuple[str, str, Callable[[dict[str, Any]], bool], Callable[[Rows], Make]]] = [
     ("Speed by sequence length", "speed", lambda row: _attention(row) and "flops_per_second" in row,
-     lambda rows: by_length(rows, lambda row: row["flops_per_second"] / 1e12, "TFLOP/s", False)),
+     lambda rows: by_length(rows, lambda row: row["flops_per_second"] / 1e12, "TFLOP/s")),
     *((f"Fraction of the roofline: {name}", f"roofline-{name}", functools.partial(_bound, name), roofline) for name in KINDS),
     ("Peak memory of attention", "memory-attention", lambda row: _attention(row) and bool(row.get("peak_bytes")),
-     lambda rows: by_length(rows, _memory, "MiB beyond the inputs", True)),
+     lambda rows: by_length(rows, _memory, "MiB beyond the inputs")),
     ("Peak memory of the loss", "memory-loss",
      lambda row: row["op"].startswith("linear cross-entropy") and bool(row.get("peak_bytes")),
      lambda rows: bars(rows, _memory, "MiB beyond the inputs")),

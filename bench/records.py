@@ -1,9 +1,10 @@
 """What the files under bench/results/<machine>/ hold, how they are written and how to read all of them.
 
 A part says when and on what it was made ("date", "machine", "commit") and holds either "rows" of a benchmark, each {"group",
-"name", "median", ...}, or figures of its own. A .json file is an object of parts; `pytest bench/ --benchmark-json=FILE` may be
-put there as it is and is read as one. A .jsonl file is a journal: a line for everything that was finished, in the order in
-which it was, so that a run that is killed loses nothing but what it was at. Each line names its part and its kind:
+"name", "median", ...}, figures of its own, or a "table" made by hand (bench/report.py). A .json file is an object of parts;
+`pytest bench/ --benchmark-json=FILE` may be put there as it is and is read as one. A .jsonl file is a journal: a line for
+everything that was finished, in the order in which it was, so that a run that is killed loses nothing but what it was at. Each
+line names its part and its kind:
 
     begin   a part starts, on this machine, at this commit: what an earlier commit found in it no longer counts
     row     one implementation of one shape; a later line of the same group and name takes its place
@@ -159,9 +160,15 @@ def load(results: Path) -> Iterator[Record]:
             file, _, key = name.partition("/")
             yield Record(folder.name, file, key or file, part)
     for path in sorted(results.glob("*/*.json")):
-        content = json.loads(path.read_text())
+        try:
+            content = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         parts = {path.stem: condense(content)} if "benchmarks" in content else content
         if not isinstance(parts, dict) or not all(isinstance(part, dict) for part in parts.values()):
             raise ValueError(f"{path}: expected an object of parts or the JSON of pytest-benchmark")
         for name, part in parts.items():
+            rows = part.get("table", [{}])
+            if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+                raise ValueError(f'{path}: {name}: "table" has to be a list of rows, each an object')
             yield Record(path.parent.name, path.stem, name, part)

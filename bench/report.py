@@ -1,48 +1,64 @@
-"""docs/benchmarks.md and its plots, from what was measured: bench/results/<machine>/*.json.
+"""docs/benchmarks.md and, for each machine, a page and plots under docs/benchmarks/: from bench/results/<machine>/.
 
     python -m bench.report [--results bench/results] [--out docs] [--smoke]
 
-Nothing on the page comes from elsewhere: what has no result there is "not measured", and results of `--sizes smoke` are left
-out (unless --smoke asks for them), since they prove that a benchmark runs and nothing else. bench/results/<machine>/notes.md,
-by hand, is put under its machine. Plots are made by bench/plots.py.
+The page begins with ours against the best of the others; every row stands on the machine's own page. Nothing comes from
+elsewhere: what has no result is left out or a dash, and results of `--sizes smoke` are left out (unless --smoke asks for them),
+since they prove that a benchmark runs and nothing else. bench/results/<machine>/notes.md, by hand, is put under its machine.
+Plots are made by bench/plots.py.
+
+What no benchmark measures, such as how long `make train` takes, is a table made by hand: in any .json file of
+bench/results/<machine>/ a part that holds "table", a list of rows. The keys of the rows are the columns; those that are
+equal in all rows are said once under the table. "title" is its heading, "note" (if given) a paragraph above it. Without
+such a file there is no section.
+
+    {"first hour": {"title": "The first commands", "note": "2 cores; wall time", "table": [
+        {"command": "make train", "conditions": "quiet", "seconds": 0, "machine": "...", "commit": "...", "date": "2026-01-02"},
+        {"command": "make train", "conditions": "two busy processes beside it", "seconds": 0, ...}]}}
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from . import plots, records
 from .records import Record
-from .tables import milliseconds, standings
+from .suite import INSTALL, ours
+from .tables import EVERYTHING, milliseconds, standings
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_MEASURED = "not measured"
+NOT_MEASURED = "-"
 Rows = list[dict[str, Any]]
 
 HEAD = """# Benchmarks
 
-Made by `python -m bench.report` from [bench/results](../bench/results); what has no result there is "not measured".
+Made by `python -m bench.report` from [bench/results](../bench/results). What is not here was not measured; a dash says so in a
+table. How it is measured and how to rerun it stand at the end.
+"""
+SUMMARY = """The time of the fastest of the others, in the same run and on the same numbers, divided by the time of ours:
+above 1 ours is faster, **bold** where it is slower. Mean: geometric, over all shapes and directions. "Host time" is
+what a call costs the processor before a GPU has anything to do, where PyTorch's own operators are C++."""
+TAIL = f"""## How it is measured
 
-## How it is measured
-
-`pytest bench/` compares every op with its peers in the same run: PyTorch's own operators, `torch.compile` of the reference and,
-where installed (`pip install ".[bench]"`), flash-attn, Liger, quack and cut-cross-entropy. Each result is compared with float64
-before it is timed; a wrong one is timed too, is an error, and says that it is wrong. On a GPU time is that of the device, by
-CUDA events around calls whose launches are queued beforehand, each with an L2 cache full of clean lines of other data; whole
-steps of a model are timed as a caller waits for them. Implementations take turns, a sample each, and medians are shown. The
-fraction of the ceiling is that of one large product of matrices, or of one large copy, measured in the same run.
-"time / ours" above 1 means that ours is faster.
+`pytest bench/` compares every op with its peers in the same run: PyTorch's own operators, `torch.compile` of the
+reference and, where installed (`{INSTALL}`), flash-attn, Liger, quack and cut-cross-entropy. Each result is compared
+with float64 before it is timed; a wrong one is timed too, is an error, and says that it is wrong. On a GPU time is that
+of the device, by CUDA events around calls whose launches are queued beforehand, each with an L2 cache full of clean
+lines of other data; whole steps of a model are timed as a caller waits for them. Implementations take turns, a sample
+each, and medians are shown. The fraction of the ceiling is that of one large product of matrices, or of one large copy,
+measured in the same run.
 
 ## How to rerun
 
 ```
-make bench ARGS="--sizes default"          # smoke: a minute; default; full
+make bench ARGS="--sizes default"          # smoke: is everything right, in minutes; default; full
 pytest bench/bench_norm.py --benchmark-json=bench/results/<machine>/norm.json
 pytest bench/bench_norm.py --benchmark-save=before    # and later --benchmark-compare, --benchmark-histogram=FILE
 make gpu-check                             # all that needs a GPU, in nine minutes -> bench/results/<machine>/
@@ -63,6 +79,7 @@ class Machine:
     folder: str
     parts: list[Record]
     notes: str
+    tables: list[Record] = field(default_factory=list)  # by hand
 
     @property
     def rows(self) -> Rows:
@@ -110,9 +127,11 @@ def machines(results: Path, smoke: bool = False) -> list[Machine]:
             notes = path / "notes.md"
             found[path.name] = Machine(path.name, [], notes.read_text() if notes.exists() else "")
     for record in records.load(results):
-        if smoke or record.content.get("sizes") != "smoke":
+        if "table" in record.content:
+            found[record.folder].tables.append(record)
+        elif smoke or record.content.get("sizes") != "smoke":
             found[record.folder].parts.append(record)
-    return sorted((m for m in found.values() if m.parts or m.notes), key=lambda m: (not m.gpu, m.folder))
+    return sorted((m for m in found.values() if m.parts or m.notes or m.tables), key=lambda m: (not m.gpu, m.folder))
 
 
 # --- goals ------------------------------------------------------------------------------------------------------------
@@ -239,15 +258,10 @@ GOALS: list[tuple[str, str, str, Callable[[Machine], str]]] = [
 
 
 def goals(found: Sequence[Machine]) -> str:
-    """Every goal on an H100 and an H200, measured or not."""
-    columns = []
-    for name in ("H100", "H200"):
-        columns.append(next((machine for machine in found if machine.gpu and name in machine.title), None))
-    lines = ["| | measured against | goal | H100 | H200 |", "|---|---|---|---|---|"]
-    for what, against, goal, figure in GOALS:
-        cells = [NOT_MEASURED if machine is None else figure(machine) for machine in columns]
-        lines.append(f"| {what} | {against} | {goal} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """Every goal on each H100 and H200 that has run."""
+    columns = [machine for name in ("H100", "H200") for machine in found if machine.gpu and name in machine.title]
+    head = ("", "measured against", "goal", *(machine.title for machine in columns))
+    return table(head, ([*words, *(figure(machine) for machine in columns)] for *words, figure in GOALS), len(head))
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -259,13 +273,73 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]], left: int = 1) -> 
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in body)])
 
 
+_DIRECTION = re.compile(r",? (forward and backward|forward|backward)(?=,|$)")
+
+
+def family(op: str) -> str:
+    """An operation without its direction and form: "attention" of "attention forward, head_dim 64, causal"."""
+    if op.startswith("patched"):  # whole models, whose directions are different things
+        return op
+    return (
+        _DIRECTION.sub("", op.partition(", head_dim")[0])
+        .partition(", top_")[0]
+        .partition(", min_")[0]
+        .removesuffix(", no filter")
+    )
+
+
+def families(rows: Rows) -> dict[str, Rows]:
+    found: dict[str, Rows] = {}
+    for row in rows:
+        found.setdefault(family(row["op"]), []).append(row)
+    return found
+
+
+def best_of_others(rows: Rows) -> dict[str, tuple[float, str]]:
+    """In each group that has ours: the time of the fastest peer divided by ours, and its name. The reference is a peer where
+    there is no other."""
+    groups: dict[str, dict[str, float]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], {})[row["name"]] = row["median"]
+    found = {}
+    for group, times in groups.items():
+        others = {name: time for name, time in times.items() if not ours(name)}
+        rivals = {name: time for name, time in others.items() if name != "reference"} or others
+        if "ours" in times and rivals:
+            fastest = min(rivals, key=lambda name: rivals[name])
+            found[group] = rivals[fastest] / times["ours"], fastest
+    return found
+
+
+def ratio(value: float) -> str:
+    return f"**{value:.2f}x**" if value < 1 else f"{value:.2f}x"
+
+
 def summary(rows: Rows) -> str:
+    """A line for each op: ours against the best of the others."""
+    body = []
+    for op, members in families(rows).items():
+        found = best_of_others(members)
+        if not found:
+            continue
+        mean = math.exp(statistics.fmean(math.log(value) for value, _ in found.values()))
+        group, (worst, _) = min(found.items(), key=lambda item: item[1][0])
+        names = "; ".join(dict.fromkeys(name for _, name in found.values()))
+        where = group.removeprefix(op).removeprefix(",").strip()
+        many = len(found) > 1
+        body.append([op, names, str(len(found)), ratio(mean), ratio(worst) if many else "", where if many else ""])
+    return table(("op", "fastest of the others", "shapes", "mean", "worst", "worst shape"), body, 2)
+
+
+def against_each(rows: Rows, overall: bool = False) -> str:
+    """By operation and peer; or by peer over all operations."""
     found = standings((row["op"], row["shape"], row["name"], row["median"]) for row in rows)
     body = []
     for s in found:
-        shape, worst = s.worst
-        body.append([s.op, s.peer, str(len(s.ratios)), f"{s.mean:.2f}x", f"{worst:.2f}x", shape, f"{s.best[1]:.2f}x"])
-    return table(("operation", "peer", "cells", "geometric mean", "worst", "worst cell", "best"), body, 2)
+        if (s.op == EVERYTHING) == overall:
+            shape, worst = s.worst
+            body.append([s.op, s.peer, str(len(s.ratios)), ratio(s.mean), ratio(worst), shape, ratio(s.best[1])])
+    return table(("operation", "peer", "shapes", "mean", "worst", "worst shape", "best"), body, 2) if body else ""
 
 
 def rows_of(rows: Rows) -> str:
@@ -308,7 +382,7 @@ def wikitext(runs: dict[str, dict[str, Any]]) -> str:
             body.append([name, f"{part['training_seconds']:.0f}", f"{part['steps']:,}", f"{rate:,.0f}", mfu,
                          *(f"{value:.1f}" for value in perplexities)])  # fmt: skip
     if not body:
-        return NOT_MEASURED
+        return ""
     head = ("run", "seconds", "steps", "tokens/s", "MFU", "validation perplexity", "test perplexity")
     return table(head, body)
 
@@ -332,13 +406,13 @@ def profiled(part: dict[str, Any]) -> str:
                      f"{k['calls_per_step']:.0f}"] for k in found["top"][:8]]  # fmt: skip
             text += "\n\n" + table(("kernel", "ours", "of the time", "ms a step", "calls a step"), body, 2)
         sections.append(text)
-    return "\n\n".join(sections) or NOT_MEASURED
+    return "\n\n".join(sections)
 
 
 def tested(parts: dict[str, dict[str, Any]]) -> str:
     """What the tests on this machine said."""
     if not parts:
-        return NOT_MEASURED
+        return ""
     body = []
     for name, part in parts.items():
         outcomes = [entry["outcome"] for entry in part.get("tests", {}).values()]
@@ -365,37 +439,52 @@ def judged(parts: dict[str, dict[str, Any]]) -> str:
         body.append([op, f"{right} of {len(rows)}", "" if worst is None else f"{worst:.2f}x"])
         wrong += [f"- **wrong**: {op}: {row['name']}: {row['wrong']}" for row in rows if not row["ok"]]
     if not body:
-        return NOT_MEASURED
+        return ""
     head = ("op", "cases right", "largest error / plain PyTorch's, both against float64")
     return "\n".join([table(head, body), *([""] if wrong else []), *wrong])
 
 
+def by_hand(record: Record) -> list[str]:
+    """A table that somebody measured: what is equal in all its rows is said once under it."""
+    content: dict[str, Any] = record.content
+    rows = content["table"]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    same = [key for key in columns if len(rows) > 1 and len({str(row.get(key)) for row in rows}) == 1]
+    shown = [key for key in columns if key not in same]
+    numbers = {key for key in shown if all(isinstance(row.get(key, 0), (int, float)) for row in rows)}
+    shown.sort(key=lambda key: key in numbers)
+
+    def cell(value: Any) -> str:
+        return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+    lines = [f"## {content.get('title', record.name)}", *([content["note"]] if content.get("note") else [])]
+    lines.append(table(shown, ([cell(row.get(key, NOT_MEASURED)) for key in shown] for row in rows), len(shown) - len(numbers)))
+    if same:
+        lines.append("; ".join(f"{key}: {cell(rows[0][key])}" for key in same) + ".")
+    return lines
+
+
 def section(machine: Machine, out: Path) -> list[str]:
+    """A machine on the common page: pictures, training, whether all is right. Its rows are on its own page."""
     lines = [f"## {machine.title}"]
     if not machine.parts:
         return [*lines, machine.notes.partition("\n")[2].strip()]
     lines.append(machine.caption() + ".")
     rows = machine.rows
     if rows:
-        lines += ["### Against the others", summary(rows)]
-    drawn = plots.draw(machine, out / "benchmarks")
-    for title, path in drawn.items():
-        if path is not None:
-            lines += [f"### {title}", picture(path, f"{title}, {machine.title}")]
-    if nothing := [title for title, path in drawn.items() if path is None]:
-        lines.append(f"No result on this machine, so {NOT_MEASURED}: {'; '.join(nothing).lower()}.")
-    runs, extra = _on_wikitext(machine), machine.of("training")
-    lines += ["### WikiText-2 runs", wikitext(runs)]
-    if machine.gpu:
-        lines += ["### Is every op right", judged(machine.of("verdict"))]
-        lines += ["### Profile of a training step", profiled(extra.get("profile", {}))]
-        lines += ["### Tests on this GPU", tested(machine.of("tests"))]
-    for op in dict.fromkeys(row["op"] for row in rows):
-        lines += [
-            f"<details><summary>{op}: every row</summary>",
-            rows_of([row for row in rows if row["op"] == op]),
-            "</details>",
-        ]
+        lines.append(f"[Every row, against each peer](benchmarks/{machine.folder}.md).")
+    parts = [
+        *((title, picture(path, f"{title}, {machine.title}"))
+          for title, path in plots.draw(machine, out / "benchmarks").items() if path is not None),
+        *((op, rows_of(members)) for op, members in families(rows).items() if op.startswith("training step")),
+        ("WikiText-2 runs", wikitext(_on_wikitext(machine))),
+        *([("Is every op right", judged(machine.of("verdict"))),
+           ("Profile of a training step", profiled(machine.of("training").get("profile", {}))),
+           ("Tests on this GPU", tested(machine.of("tests")))] if machine.gpu else []),
+    ]  # fmt: skip
+    for title, text in parts:
+        if text:
+            lines += [f"### {title[:1].upper()}{title[1:]}", text]
     missing: dict[str, list[str]] = {}
     for part in machine.parts:
         for reason, tests in part.content.get("missing", {}).items():
@@ -415,16 +504,39 @@ def section(machine: Machine, out: Path) -> list[str]:
     return lines
 
 
+def details(machine: Machine) -> str:
+    """The page of a machine: every row, op by op."""
+    rows = machine.rows
+    lines = [f"# {machine.title}: every row", "Made by `python -m bench.report`; the summary is [here](../benchmarks.md).",
+             machine.caption() + ".", "Ratios are the time of a peer divided by ours: above 1 ours is faster."]  # fmt: skip
+    if overall := against_each(rows, overall=True):
+        lines += ["## Each peer over all ops", overall]
+    for name, members in families(rows).items():
+        lines += [f"## {name[:1].upper()}{name[1:]}", against_each(members)]
+        for op in dict.fromkeys(row["op"] for row in members):
+            lines += [f"### {op}", rows_of([row for row in members if row["op"] == op])]
+    return "\n\n".join(line for line in lines if line) + "\n"
+
+
 def page(found: Sequence[Machine], out: Path) -> str:
-    lines = [HEAD.strip(), "## Goals on a GPU", "bf16, the peers in the same run; geometric mean and worst cell.", goals(found)]
+    lines = [HEAD.strip()]
+    if measured := [machine for machine in found if machine.rows]:
+        lines += ["## Ours against the best of the others", SUMMARY]
+        for machine in measured:
+            lines += [f"### On {machine.title}", summary(machine.rows)]
+    lines += ["## Goals on a GPU", "bf16, the peers in the same run; geometric mean and worst shape.", goals(found)]
     if not any(machine.gpu for machine in found):
         lines.append(
             "No GPU has run this yet. What is known without one (registers, spills, shared memory, instructions, the floor in "
             "time): [kernels/performance.md](kernels/performance.md)."
         )
     for machine in found:
-        lines += section(machine, out)
-    return "\n\n".join(lines) + "\n"
+        for record in machine.tables:
+            lines += by_hand(record)
+    for machine in found:
+        if machine.parts or machine.notes:
+            lines += section(machine, out)
+    return "\n\n".join([*lines, TAIL])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -436,12 +548,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not args.results.is_dir():
         parser.error(f"--results: {args.results} is no folder")
     args.out.mkdir(parents=True, exist_ok=True)
-    found = machines(args.results, args.smoke)
+    try:
+        found = machines(args.results, args.smoke)
+    except ValueError as error:
+        parser.error(str(error))
     left_out = sum(record.content.get("sizes") == "smoke" for record in records.load(args.results))
     if left_out and not args.smoke:
         print(f"{left_out} parts of smoke sizes are left out, as they are no results (--smoke shows them)")
     (args.out / "benchmarks.md").write_text(page(found, args.out))
-    print(f"{args.out / 'benchmarks.md'}: {', '.join(machine.title for machine in found) or 'no results'}")
+    print(f"{args.out / 'benchmarks.md'}, from")
+    for machine in found:
+        if machine.rows:
+            path = args.out / "benchmarks" / f"{machine.folder}.md"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(details(machine))
+        print(f"  {machine.title}: {len(machine.rows)} rows")
 
 
 if __name__ == "__main__":
