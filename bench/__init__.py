@@ -4,6 +4,8 @@ the place of a real one: all that a GPU would run is run up to the launch, and c
 from __future__ import annotations
 
 import os
+import shutil
+import textwrap
 
 # What PyTorch, Triton and the driver say when nothing on the device works any more in this process.
 _LOST = ("CUDA error", "Triton Error [CUDA]", "an illegal memory access", "device-side assert", "unspecified launch failure")
@@ -16,6 +18,18 @@ LOST_DEVICE = 8  # a new process can go on with what comes after
 
 def device_is_lost(error: object) -> bool:
     return any(word in str(error) for word in _LOST)
+
+
+def width() -> int:
+    """Of what is printed: that of the terminal, and at most 100."""
+    return max(40, min(100, shutil.get_terminal_size((100, 24)).columns))
+
+
+def in_lines(text: str) -> str:
+    """A line for people, which begins with "| ", no wider than that; "SDPA flash 0.97x" stays in one piece."""
+    kept = "; ".join(part.replace(" ", "\N{NO-BREAK SPACE}") if len(part) < 60 else part for part in text.split("; "))
+    lines = textwrap.fill(kept, width(), initial_indent="| ", subsequent_indent="|   ", break_on_hyphens=False)
+    return lines.replace("\N{NO-BREAK SPACE}", " ")
 
 
 FAKE = bool(os.environ.get("WIKIGPT_FAKE_GPU"))

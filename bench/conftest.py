@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import textwrap
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from . import LOST_DEVICE, UNFINISHED, machine, records
+from . import LOST_DEVICE, UNFINISHED, in_lines, machine, records
 from .suite import Measure, Report, entry_of, file_of
-from .tables import SMOKE, print_tables, width
+from .tables import SMOKE, print_tables
 from .timing import copy_ceiling, matmul_ceiling
 
 _report = Report()
@@ -53,13 +52,6 @@ def pytest_configure(config: pytest.Config) -> None:
         journal, part = records.Journal(*paths), config.getoption("--part")
         journal.add(part, "begin", **records.about(device_of(config), sizes_of(config)))
         _report.journal = lambda row, case="": journal.add(part, "row", case=case, **entry_of(row))
-
-
-def in_lines(text: str) -> str:
-    """Behind "| ", no wider than the terminal; "SDPA flash 0.97x" stays in one piece."""
-    kept = "; ".join(part.replace(" ", "\N{NO-BREAK SPACE}") if len(part) < 60 else part for part in text.split("; "))
-    lines = textwrap.fill(kept, width(), initial_indent="| ", subsequent_indent="|   ", break_on_hyphens=False)
-    return lines.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def sizes_of(config: pytest.Config) -> str:

@@ -24,6 +24,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import FAKE, LOST_DEVICE, UNFINISHED, machine, records
+from . import FAKE, LOST_DEVICE, UNFINISHED, machine, records, width
 
 ROOT = machine.ROOT
 KEPT = ROOT / "build" / "gpu-check"  # git ignores it, and so whoever copies the tree to the machine again leaves it alone
@@ -69,10 +70,10 @@ def plan(args: Arguments, journal: records.Journal) -> list[Stage]:
     def verdict(*ops: str) -> Part:
         return Part(f"verdict/{ops[0]}", 110, [sys.executable, "-m", "bench.verdict", *ops, *device, *files])
 
-    def pytest(name: str, limit: float, *arguments: str) -> Part:
+    def pytest(name: str, limit: float, *arguments: str, least: float = 0.0) -> Part:
         again = [] if args.again else ["--skip-finished"]
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, *files, f"--part={name}", *again]
-        return Part(name, limit, command)
+        return Part(name, limit, command, least=least)
 
     def bench(name: str, limit: float, *names: str) -> Part:
         chosen = [f"bench/bench_{file}.py" for file in names]
@@ -106,7 +107,8 @@ def plan(args: Arguments, journal: records.Journal) -> list[Stage]:
         [python("training/profile", 60)],
         [python("wikitext/ours", 90, least=60)],
         [python("wikitext/sdpa-compile", 110, least=80)],
-        [pytest("tests/gpu", 120, *of_gpu, "--gpu-tests=small", "-n", str(args.workers), "--dist=worksteal")],
+        # What has passed stands in the journal and a later call goes on behind it, so a short time is worth its beginning.
+        [pytest("tests/gpu", 240, *of_gpu, "--gpu-tests=small", "-n", str(args.workers), "--dist=worksteal", least=45)],
         [pytest("tests/big", 90, *of_gpu, "--gpu-tests=big")],  # alone: each wants most of the memory
         *([part] for part in sanitizer(files)),
         [bench("training/others", 120, *MODELS[1:])],
@@ -134,7 +136,7 @@ def sanitizer(files: list[str]) -> list[Part]:
     memcheck = [tool, "--tool", "memcheck", "--error-exitcode", "1", "--report-api-errors", "no", *cases, "attention"]
     # It does not follow the matrix units' asynchronous reads, so attention would be full of hazards that are none.
     racecheck = [tool, "--tool", "racecheck", "--error-exitcode", "1", *cases]
-    return [Part("sanitizer/memcheck", 75, memcheck, environment), Part("sanitizer/racecheck", 75, racecheck, environment)]
+    return [Part("sanitizer/memcheck", 120, memcheck, environment), Part("sanitizer/racecheck", 150, racecheck, environment)]
 
 
 # --- running them -------------------------------------------------------------------------------------------------------
@@ -155,8 +157,9 @@ class Log:
         self.file, self.lock = path.open("a", errors="replace"), threading.Lock()
 
     def say(self, text: str) -> None:
+        lines = [textwrap.fill(line, width(), subsequent_indent="     ", break_long_words=False) for line in text.split("\n")]
         with self.lock:
-            print(text, flush=True)
+            print("\n".join(lines), flush=True)
             print(text, file=self.file, flush=True)
 
     def line(self, part: str, text: str) -> None:
@@ -308,6 +311,12 @@ def open_journal(out: Path, *others: Path) -> records.Journal:
     return records.Journal(out / JOURNAL, others[0] / JOURNAL)
 
 
+def listed(tests: list[str], most: int = 20) -> list[str]:
+    """A line for each of the first, and how many more there are."""
+    more = [f"  and {len(tests) - most} more, in the journal"] if len(tests) > most else []
+    return [f"  {test}" for test in tests[:most]] + more
+
+
 def summary(parts: Mapping[str, dict[str, Any]], commit: str) -> list[str]:
     """The last lines: how many cases of each op are right, and every wrong row."""
     from .verdict import CASES
@@ -327,8 +336,8 @@ def summary(parts: Mapping[str, dict[str, Any]], commit: str) -> list[str]:
         found += [f"was wrong before in {name}: {row['was_wrong']}" for row in part.get("rows", []) if row.get("was_wrong")]
         failed = [test for test, entry in part.get("tests", {}).items() if entry["outcome"] == "failed"]
         hung = [test for test, entry in part.get("tests", {}).items() if entry["outcome"] == "running"]
-        found += [f"{name}: {len(failed)} tests failed: {', '.join(failed[:20])}"] if failed else []
-        found += [f"{name}: was at {', '.join(hung[:20])}"] if hung and not part.get("passed") else []
+        found += [f"{name}: {len(failed)} tests failed:", *listed(failed)] if failed else []
+        found += [f"{name}: time was over while it was at:", *listed(hung)] if hung and not part.get("passed") else []
     return found
 
 
@@ -339,7 +348,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for the results; default bench/results/<machine>")
     parser.add_argument("--minutes", type=float, help="9.4, 60 for smoke: start no part after these; the next call goes on")
     parser.add_argument("--only", nargs="+", metavar="PART", help="file or file/key, as the names of the parts are printed")
-    parser.add_argument("--again", action="store_true", help="also what has passed before")
+    parser.add_argument(
+        "--again", action="store_true", help="also what has passed before; where time is over, a call without it goes on"
+    )
     parser.add_argument("--workers", type=int, default=12, help="processes of the GPU tests")
     parser.add_argument("--kept", type=Path, default=KEPT, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)

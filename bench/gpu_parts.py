@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import FAKE, machine, records
+from . import FAKE, in_lines, machine, records
 
 ROOT = machine.ROOT
 Arguments = argparse.Namespace
 
 
 def say(text: str) -> None:
-    print(f"| {text}", flush=True)
+    print(in_lines(text), flush=True)
 
 
 def facts(args: Arguments) -> dict[str, Any]:

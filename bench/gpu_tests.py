@@ -82,7 +82,9 @@ class Follower:
         self.journal = records.Journal(*paths) if paths and not self.worker else None
         self.part = config.getoption("--part")
         if self.journal is not None:
-            self.journal.add(self.part, "begin", **records.about("cuda", "smoke" if FAKE else "check"))
+            # Without --skip-finished all are to run again, and a call that goes on is to leave out those of this one alone.
+            anew = {} if config.getoption("--skip-finished") else {"anew": True}
+            self.journal.add(self.part, "begin", **anew, **records.about("cuda", "smoke" if FAKE else "check"))
 
     def _enter(self, test: str, outcome: str, **more: Any) -> None:
         if self.journal is not None:

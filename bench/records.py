@@ -6,7 +6,8 @@ A part says when and on what it was made ("date", "machine", "commit") and holds
 everything that was finished, in the order in which it was, so that a run that is killed loses nothing but what it was at. Each
 line names its part and its kind:
 
-    begin   a part starts, on this machine, at this commit: what an earlier commit found in it no longer counts
+    begin   a part starts, on this machine, at this commit: what an earlier commit found in it no longer counts, and with "anew"
+            no test that has passed before
     row     one implementation of one shape; a later line of the same group and name takes its place
     test    one test: its name and outcome
     end     the part is over: whether it passed, seconds, and figures of its own
@@ -123,7 +124,8 @@ def fold(lines: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             before = parts.get(name, {})
             kept = before if before.get("commit") == rest.get("commit") and before.get("sizes") == rest.get("sizes") else {}
             # What the last run said at its end is not true of this one until it ends.
-            parts[name] = {**rest, "rows": kept.get("rows", []), "tests": kept.get("tests", {})}
+            tests = {} if rest.pop("anew", False) else kept.get("tests", {})
+            parts[name] = {**rest, "rows": kept.get("rows", []), "tests": tests}
             continue
         part = parts.setdefault(name, {"rows": [], "tests": {}})
         if kind == "row":

@@ -7,7 +7,6 @@ smoke sizes there are no tables (unless -v asks for them) and no ratios: how man
 from __future__ import annotations
 
 import math
-import shutil
 import statistics
 import textwrap
 from collections.abc import Iterable
@@ -15,9 +14,9 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
+from . import width
 from .suite import Report, Row, ours
 
-WIDTH = 100
 SMOKE = "smoke sizes: not worth quoting"
 
 
@@ -69,11 +68,6 @@ def standings(medians: Iterable[tuple[str, str, str, float]]) -> list[Standing]:
         *(Standing(op, peer, ratios) for (op, peer), ratios in found.items()),
         *(Standing(EVERYTHING, peer, ratios) for peer, ratios in overall.items() if peer in many),
     ]
-
-
-def width() -> int:
-    """Of what is printed: that of the terminal, and at most 100."""
-    return max(40, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))
 
 
 def milliseconds(seconds: float) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from wikigpt.kernels.roofline import parameters_in_words
 
-from bench import LOST_DEVICE, bench_training, records, suite
+from bench import LOST_DEVICE, bench_training, in_lines, records, suite
 from bench.suite import Peer, Problem, Report, Row, measure_group, plain
 from bench.tables import print_tables
 from bench.timing import Samples, take_turns
@@ -255,6 +255,17 @@ def test_what_is_wrong_is_said_last(capsys, monkeypatch):
         assert "WRONG  ours gives a wrong result for training step: Tensor-likes are not close!" in text
         assert "WRONG  bench_norm, case 7: RuntimeError: seven" in text
         assert text.endswith("1 of 6 results are wrong, 1 groups failed")
+
+
+@pytest.mark.parametrize("columns", [60, 100, 300])
+def test_a_line_for_people_wraps_between_figures(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = "attention forward, head_dim 64: ours 0.1033 ms, 1.2 GB/s; " + "; ".join(
+        f"peer {i}, compiled 1.2{i}x" for i in range(9)
+    )
+    lines = in_lines(text).splitlines()
+    assert all(line.startswith("| ") and len(line) <= min(columns, 100) for line in lines)
+    assert all(any(f"peer {i}, compiled 1.2{i}x" in line for line in lines) for i in range(9))
 
 
 def test_a_model_of_less_than_a_million_parameters_has_more_than_none():

@@ -365,6 +365,34 @@ def test_a_second_call_runs_only_what_has_not_passed(tmp_path):
     assert "passed" not in again.stdout
 
 
+def test_after_again_was_cut_off_a_call_goes_on_behind_the_tests_that_it_has_run(tmp_path):
+    """Those that had passed before it are to run too."""
+    gpu_tests(tmp_path)
+    cut_off = gpu_tests(tmp_path, "-k", "wrong")  # as --again runs them: all, but it comes to one alone
+    assert "1 failed" in cut_off.stdout
+    gone_on = gpu_tests(tmp_path, "--skip-finished")
+    assert "1 failed, 1 passed" in gone_on.stdout
+    assert "passed" not in gpu_tests(tmp_path, "--skip-finished").stdout
+
+
+def test_tests_on_a_gpu_begin_also_with_little_time_and_have_four_minutes(tmp_path, monkeypatch):
+    (tests,) = next(stage for stage in stages_for_a_gpu(tmp_path, monkeypatch) if stage[0].name == "tests/gpu")
+    assert tests.limit == 240
+    assert 0 < tests.least <= 60
+
+
+def test_what_is_printed_fits_a_hundred_columns_and_the_log_has_it_as_it_was(log, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+    log.say(f"call again for: {', '.join(f'tests/part-{i}' for i in range(30))}")
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
+    assert len((tmp_path / "log").read_text().splitlines()) == 1
+    part = {"commit": "c0", "tests": {f"test_{i}": {"outcome": "failed"} for i in range(30)}}
+    said = gpu_check.summary({"tests/gpu": part}, "c0")
+    assert said[0] == "tests/gpu: 30 tests failed:"
+    assert said[-1] == "  and 10 more, in the journal"
+    assert len(said) == 22
+
+
 def test_a_test_that_was_running_when_time_was_over_is_known(tmp_path):
     (tmp_path / "test_some.py").write_text("import os, pytest\n@pytest.mark.gpu\ndef test_hangs(): os._exit(3)\n")
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n gpu: x\n")
@@ -372,7 +400,8 @@ def test_a_test_that_was_running_when_time_was_over_is_known(tmp_path):
     found = records.fold(records.read_lines(tmp_path / JOURNAL))
     (entry,) = found["tests/gpu"]["tests"].values()
     assert entry["outcome"] == "running"
-    assert any("was at test_some.py::test_hangs" in line for line in gpu_check.summary(found, found["tests/gpu"]["commit"]))
+    said = gpu_check.summary(found, found["tests/gpu"]["commit"])
+    assert said[-2:] == ["tests/gpu: time was over while it was at:", "  test_some.py::test_hangs"]
 
 
 def test_workers_that_begin_later_collect_what_the_first_did(tmp_path):
