@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import UserError, integer
-from .files import write_atomically
+from .files import write_bytes
 from .pairs import Pair
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def write_hypotheses(result: BleuResult, path: str | Path) -> None:
     Raises UserError where the file cannot be written.
     """
     text = "".join(f"{line}\n" for line in result.hypotheses)
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_bytes(path, text.encode())
 
 
 __all__ = ["BleuResult", "evaluate_bleu", "write_hypotheses"]

@@ -180,7 +180,9 @@ def train(
     from . import checkpoint as checkpoints
     from .config import resolve
     from .data import prepare
-    from .train import LAST, TextTask, Trainer, owned, processes
+    from .model import check_backend
+    from .output import count
+    from .train import LAST, TextTask, Trainer, owned, pick_device, processes
 
     given = {"dataset": dataset, "data_dir": data_dir, "device": device, "backend": backend, "steps": steps,
              "max_seconds": max_seconds, "batch_size": batch_size, "seed": seed}  # fmt: skip
@@ -200,16 +202,18 @@ def train(
                 raise UserError(f"{out} holds a run of `wikigpt finetune`; go on with it by `wikigpt finetune --resume`")
             settings = resolve(None, config, changes, base=saved["config"])
             del saved
+        check_backend(settings.model.backend, pick_device(settings.train.device).type, "adamw", "sample")
         prepared = prepare(settings.data.dataset, settings.data.tokenizer, settings.data.vocab_size, settings.data.data_dir)
         with processes(settings.train.device) as group:
             trainer = Trainer(settings, TextTask(prepared), out, group, resume, log=say)
             if group.first:
                 show_origin(prepared)
                 model = trainer.model
+                inner = count(model.num_parameters(embeddings=False))
                 console.print(
-                    f"model: {model.num_parameters() / 1e6:.2f}M parameters "
-                    f"({model.num_parameters(embeddings=False) / 1e6:.2f}M without embeddings), vocabulary "
-                    f"{model.config.vocab_size}, context {model.config.context_length}, on {group.device} x {group.size}"
+                    f"model: {count(model.num_parameters())} parameters ({inner} without embeddings), "
+                    f"vocabulary {model.config.vocab_size:,}, context {model.config.context_length:,}, "
+                    f"on {group.device}{f' x {group.size}' if group.size > 1 else ''}"
                 )
                 limit = settings.train.max_seconds
                 console.print(

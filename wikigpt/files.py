@@ -91,4 +91,9 @@ def write_atomically(path: str | Path, write: Callable[[Any], Any]) -> None:
         raise UserError(f"cannot write {path}: {reason}{kept}; {_ADVICE.get(number or 0, 'choose another place')}") from error
 
 
-__all__ = ["remove_temporary", "temporary_name", "writable_directory", "write_atomically"]
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """write_atomically for what is in memory."""
+    write_atomically(path, lambda file: file.write(content))
+
+
+__all__ = ["remove_temporary", "temporary_name", "writable_directory", "write_atomically", "write_bytes"]

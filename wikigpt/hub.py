@@ -25,7 +25,7 @@ from .data import BPETokenizer, Tokenizer, WordTokenizer, tokenizer_from_json
 from .data.sources import HUB_SECONDS, _within
 from .data.tokenizers import EOS, UNK, _visible, _without_surrogates
 from .errors import UserError
-from .files import writable_directory, write_atomically
+from .files import writable_directory, write_bytes
 from .model import GPT, GPTConfig
 
 if TYPE_CHECKING:
@@ -464,7 +464,7 @@ def _write(directory: Path, files: dict[str, bytes]) -> None:
         work = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=directory))
         try:
             for name, content in files.items():
-                write_atomically(work / name, lambda file, content=content: file.write(content))
+                write_bytes(work / name, content)
             (directory / "config.json").unlink(missing_ok=True)
             for pattern in (*_WEIGHT_FILES, *_BIN_FILES, *_TOKENIZER_FILES, *_REST):
                 for old in directory.glob(pattern):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wikigpt.errors import UserError
-from wikigpt.files import write_atomically
+from wikigpt.files import write_atomically, write_bytes
 
 from .directory import BOARD, LOG, PICTURE
 
@@ -76,7 +76,7 @@ def forget_after(directory: Path, step: int) -> None:
     """Drop the figures of steps that a resumed run is about to do again."""
     if (directory / LOG).is_file():
         kept = [json.dumps(figures) + "\n" for figures in read_log(directory) if figures["step"] <= step]
-        write_atomically(directory / LOG, lambda file: file.write("".join(kept).encode()))
+        write_bytes(directory / LOG, "".join(kept).encode())
 
 
 def plot_loss(directory: Path) -> Path | None:

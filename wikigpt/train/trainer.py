@@ -20,8 +20,10 @@ from wikigpt import checkpoint
 from wikigpt.config import Config, dump
 from wikigpt.errors import UserError
 from wikigpt.evaluate import Perplexity
-from wikigpt.files import writable_directory, write_atomically
+from wikigpt.files import writable_directory, write_bytes
+from wikigpt.memory import check_memory
 from wikigpt.model import GPT
+from wikigpt.output import duration
 
 from .devices import Mark, Processes, Reading, Speed, StepGraph, peak_flops
 from .directory import CONFIG, LAST, clear
@@ -83,6 +85,7 @@ class Trainer:
             writable_directory(directory)
         config.model.vocab_size = task.tokenizer.vocab_size if model is None else model.config.vocab_size
         self.batches = task.batches(config, device)
+        check_memory(config, config.model.vocab_size, device, processes.size)
         state = self._read(config) if resume else None
         torch.manual_seed(train.seed)
         self.model = (GPT(config.model) if model is None else model).to(device)
@@ -257,7 +260,7 @@ class Trainer:
 
     def _open(self) -> None:
         """Write the configuration, and begin to log."""
-        write_atomically(self.directory / CONFIG, lambda file: file.write(dump(self.config).encode()))
+        write_bytes(self.directory / CONFIG, dump(self.config).encode())
         self._log = Log(self.directory, self.config.train.tensorboard, self.log)
 
     def _begin(self) -> None:
@@ -566,12 +569,4 @@ class Trainer:
         return flops * tokens_per_second / (peak * self.processes.size)
 
 
-def duration(seconds: float) -> str:
-    """ "40 s", "3 min", "2 h 5 min"."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
-
-
-__all__ = ["Result", "Trainer", "duration"]
+__all__ = ["Result", "Trainer"]
