@@ -378,7 +378,7 @@ def test_an_export_that_is_interrupted_while_it_writes_leaves_what_was_there(tmp
     """Six files, the interrupt before one of them."""
     model = ours(vocab_size=257)
     save_pretrained(model, tmp_path / "old")
-    write, files = hub_module.write_atomically, []
+    write, files = hub_module.write_bytes, []
 
     def interrupted(path, content):
         if len(files) == written:
@@ -386,7 +386,7 @@ def test_an_export_that_is_interrupted_while_it_writes_leaves_what_was_there(tmp
         files.append(path)
         write(path, content)
 
-    monkeypatch.setattr(hub_module, "write_atomically", interrupted)
+    monkeypatch.setattr(hub_module, "write_bytes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_pretrained(ours(vocab_size=257), tmp_path / "new", ByteTokenizer())
     assert not (tmp_path / "new").exists()
@@ -426,7 +426,7 @@ def test_a_full_disk_during_an_export_is_one_line(tmp_path, monkeypatch):
     def full(path, content):
         raise UserError(f"cannot write {path}: No space left on device")
 
-    monkeypatch.setattr(hub_module, "write_atomically", full)
+    monkeypatch.setattr(hub_module, "write_bytes", full)
     with pytest.raises(UserError, match="No space left on device"):
         save_pretrained(ours(), tmp_path / "new")
     assert not (tmp_path / "new").exists()
