@@ -21,7 +21,7 @@ from wikigpt.data import BPETokenizer, ByteTokenizer, WordTokenizer, train_token
 from wikigpt.errors import UserError
 from wikigpt.finetune import finetune, pairs_loss
 from wikigpt.pairs import Pair, encode_pairs, read_pairs
-from wikigpt.train import read_log
+from wikigpt.train import PairBatches, read_log
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "docs" / "examples"
 TASKS = ("digits", "questions", "code")
@@ -406,6 +406,11 @@ def test_a_run_has_a_log_and_a_picture_like_any_other(pairs_file, tmp_path):
     log = read_log(tmp_path / "run")
     assert {line["step"] for line in log if "valid_loss" in line} == set(range(1, 13))
     assert {line["step"] for line in log if "loss" in line} == set(range(1, 13))
+
+
+def test_tokens_per_second_count_the_tokens_of_the_pairs_without_padding():
+    ids, targets = encode_pairs([Pair("ab", "cd"), Pair("efghij", "k"), Pair("l", "mnopqrst")], ByteTokenizer(), 32)
+    assert PairBatches(ids, targets, seed=0).mean_length == pytest.approx((4 + 7 + 9) / 3)
 
 
 def test_a_run_that_is_there_is_overwritten_when_asked_alone(pairs_file, tmp_path):

@@ -11,10 +11,11 @@ from wikigpt.pairs import IGNORE
 
 
 class Batches:
-    """Sequences by their number. A subclass has `count` places an epoch, their order, and what lies at a place."""
+    """Sequences by their number. A subclass has `count` places an epoch, their order, and what lies at a place; a sequence
+    has `mean_length` tokens."""
 
-    def __init__(self, count: int, seed: int, device: torch.device):
-        self.count, self.seed, self.device = count, seed, device
+    def __init__(self, count: int, mean_length: float, seed: int, device: torch.device):
+        self.count, self.mean_length, self.seed, self.device = count, mean_length, seed, device
         self._epoch = -1
         self._starts = torch.empty(0, dtype=torch.int64)
 
@@ -61,7 +62,7 @@ class TextBatches(Batches):
                 f"the train split has {tokens.numel()} tokens, fewer than two contexts of {length}; "
                 "use more text or a smaller model.context_length"
             )
-        super().__init__(blocks, seed, tokens.device)
+        super().__init__(blocks, length, seed, tokens.device)
 
     def order(self, generator: torch.Generator) -> Tensor:
         offset = torch.randint(self.length, (1,), generator=generator)
@@ -77,7 +78,9 @@ class PairBatches(Batches):
 
     def __init__(self, ids: Tensor, targets: Tensor, seed: int):
         self.ids, self.targets = ids, targets
-        super().__init__(len(ids), seed, ids.device)
+        # Padding lies behind the last target.
+        lengths = ids.shape[1] - (targets != IGNORE).flip(1).int().argmax(1)
+        super().__init__(len(ids), lengths.double().mean().item(), seed, ids.device)
 
     def at(self, places: Tensor) -> tuple[Tensor, Tensor]:
         return cut(self.ids[places], self.targets[places])

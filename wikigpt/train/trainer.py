@@ -118,7 +118,7 @@ class Trainer:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.sequences_per_step * self.config.model.context_length
+        return round(self.sequences_per_step * self.batches.mean_length)
 
     def _parallel(self, model: GPT) -> nn.Module:
         if self.processes.size == 1:
