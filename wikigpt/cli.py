@@ -231,13 +231,17 @@ def train(
     show_final(result, prepared.tokenizer.kind == "word", settings.train.final_tokens)
     console.print(f"speed: {result.tokens_per_second:,.0f} tokens/s in training, {result.seconds:.0f} s in all")
     from .generate import complete
+    from .prompting import fit, show
 
-    loaded = checkpoints.load_model(out, trainer.processes.device)
-    assert loaded.tokenizer is not None
+    model = checkpoints.load_model(out, trainer.processes.device).model
+
+    def go_on(rows: list[list[int]], stream: Any) -> list[str]:
+        return complete(
+            model, prepared.tokenizer, rows, 50, temperature=0.8, top_k=40, seed=0, stop_at_eos=False, stream_text=stream
+        )
 
     console.print("\na continuation", style="bold")
-    text = complete(loaded.model, loaded.tokenizer, [prompt], 50, temperature=0.8, top_k=40, seed=0, stop_at_eos=False)[0]
-    console.print(prompt + text, markup=False)
+    show(console, fit(model, prepared.tokenizer, [prompt]), go_on)
     console.print(
         f"\ncheckpoint: {out / checkpoints.NAME}\nlog:        {out / 'log.jsonl'} (and tensorboard --logdir {out})"
         f"\nloss curve: {out / 'loss.png'}"
