@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 import wikigpt.kernels as kernels
+from wikigpt.kernels.attention import reference
 
-from wikigpt.config import BACKENDS, GROUPS, GPTConfig, TrainConfig, dump, presets, resolve, settings
+from wikigpt.config import BACKENDS, GROUPS, MAX_HEAD_DIM, GPTConfig, TrainConfig, dump, presets, resolve, settings
 from wikigpt.errors import UserError
 from wikigpt.train import Batches
 
@@ -81,6 +82,8 @@ def test_an_unknown_preset_names_the_nearest():
     [
         ("a.yaml", "train: [1", "not valid YAML"),
         ("a.yaml", "- 1", 'expected groups data, model, train, as in "train: {lr: 1e-3}", got a list'),
+        ("a.yaml", "{[1]: 2}", "not valid YAML"),
+        ("a.yaml", "train: !!python/object:os.system {}", "not valid YAML"),
         ("a.yaml", "lr = 3", "expected groups .* got text"),
         ("a.yaml", "lr: 1e-3", "lr stands outside its group; write train: {lr: ...}"),
         ("a.yaml", "train: {lr: 1}\ndata: {}\ntrain: {seed: 1}", "train is given twice, again in line 3"),
@@ -331,8 +334,11 @@ def test_the_page_on_training_lists_every_setting_as_the_code_has_it():
         assert table in page, f"docs/training.md should have\n{table}"
 
 
-def test_the_names_of_backends_are_those_of_the_kernels():
+def test_backends_and_the_widest_head_are_those_of_the_kernels():
     assert kernels.BACKENDS == BACKENDS
+    assert reference.MAX_HEAD_DIM == MAX_HEAD_DIM
+    with pytest.raises(UserError, match=r"model.head_dim: got 2048, must be 1024 or less; use more heads"):
+        resolve(overrides=["n_embd=2048", "n_head=1"])
 
 
 def test_settings_are_checked_without_torch():

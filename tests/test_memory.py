@@ -55,7 +55,7 @@ def test_a_batch_that_cannot_fit_is_refused_with_one_that_does(machine, batch_si
     ("overrides", "named"),
     [
         (["n_layer=2147483647"], "model of .*use a smaller model.n_embd or model.n_layer"),
-        (["n_embd=1048576"], "model of .*use a smaller model.n_embd or model.n_layer"),
+        (["n_embd=1048576", "n_head=4096"], "model of .*use a smaller model.n_embd or model.n_layer"),
         (["context_length=1073741824"], "model.context_length: one sequence of 1,073,741,824 tokens"),
         (["context_length=100000", "model.backend=reference"], "model.context_length: one sequence of 100,000 tokens"),
         (["accumulate=2147483647"], "train.accumulate: 2,147,483,647 micro-steps"),

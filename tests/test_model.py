@@ -400,6 +400,7 @@ def test_the_first_loss_is_that_of_a_uniform_guess():
         ({"dropout": float("nan")}, "^dropout: got nan"),
         ({"norm_eps": 0.0}, "^norm_eps: got 0.0, must be above 0 and at most 1"),
         ({"rope_theta": float("inf")}, "^rope_theta: got inf, must be above 0, and finite"),
+        ({"head_dim": 1025}, "^head_dim: got 1025, must be 1024 or less"),
         ({"n_embd": 2**31}, "^n_embd: got 2147483648, must be from 1 to 2147483647"),
         ({"head_dim": 0}, "^head_dim: got 0"),
         ({"intermediate_size": 0}, "^intermediate_size: got 0"),

@@ -26,6 +26,7 @@ POSITIONS = ("learned", "rotary", "alibi")
 NORMS = ("layernorm", "rmsnorm")
 ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
 BACKENDS = ("auto", "reference", "torch", "cpu", "cuda", "triton")  # those of wikigpt.kernels, which imports torch
+MAX_HEAD_DIM = 1024  # of the attention kernels
 MOST = 2**31 - 1  # of whatever is counted here: more is a slip of the finger
 
 
@@ -85,6 +86,8 @@ class GPTConfig:
             if self.n_embd % self.n_head:
                 raise ValueError(f"n_head: {self.n_head} does not divide n_embd {self.n_embd}; give head_dim")
             self.head_dim = self.n_embd // self.n_head
+        if self.head_dim > MAX_HEAD_DIM:
+            raise ValueError(f"head_dim: got {self.head_dim}, must be {MAX_HEAD_DIM} or less; use more heads")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head: {self.n_kv_head} does not divide n_head {self.n_head}")
         if self.position == "rotary" and self.head_dim % 2:
@@ -344,10 +347,11 @@ def _parse(text: str, source: str) -> dict[str, Any]:
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
             seen = set()
-            for key_node, _ in node.value:
-                if key_node.value in seen:
-                    raise UserError(f"{source}: {key_node.value} is given twice, again in line {key_node.start_mark.line + 1}")
-                seen.add(key_node.value)
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode):  # others are no keys of ours, and refused
+                    if key.value in seen:
+                        raise UserError(f"{source}: {key.value} is given twice, again in line {key.start_mark.line + 1}")
+                    seen.add(key.value)
             return super().construct_mapping(node, deep)
 
     try:
