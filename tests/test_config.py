@@ -269,9 +269,16 @@ def test_the_vocabulary_of_the_model_is_the_tokenizers_wherever_it_is_asked_for(
     ],
 )
 def test_an_override_without_effect_is_refused(override, without):
-    with pytest.raises(UserError, match=f"command line: .* has no effect without {without}; add that or leave it out"):
+    with pytest.raises(UserError, match=f"command line: .* has no effect without {without}; use that or leave it out"):
         resolve(overrides=[override])
     resolve(overrides=[override, without])
+
+
+def test_what_only_several_processes_need_is_refused_for_one(monkeypatch):
+    with pytest.raises(UserError, match=r"train.parallel has no effect without torchrun"):
+        resolve(overrides=["parallel=fsdp"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert resolve(overrides=["parallel=fsdp"]).train.parallel == "fsdp"
 
 
 def test_settings_that_contradict_each_other_are_refused():

@@ -66,7 +66,8 @@ def test_what_else_cannot_fit_is_named(machine, overrides, named):
         check_memory(resolve("cpu-small", overrides=overrides), 33278, CPU)
 
 
-def test_shards_need_a_part_of_what_the_whole_does():
+def test_shards_need_a_part_of_what_the_whole_does(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
     config = resolve(overrides=["parallel=fsdp", "n_embd=4096", "batch_size=1"])
     assert estimate_memory(config, 33278, "cuda", 8) < 0.4 * estimate_memory(config, 33278, "cuda")
 

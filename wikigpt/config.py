@@ -12,6 +12,7 @@ import importlib.resources
 import inspect
 import math
 import numbers
+import os
 import re
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -469,6 +470,7 @@ _EFFECTS: tuple[tuple[str, Any, str], ...] = (
     ("train.muon_lr", lambda c: c.train.optimizer == "muon", "train.optimizer=muon"),
     ("train.decay_fraction", lambda c: c.train.schedule == "wsd", "train.schedule=wsd"),
     ("train.min_lr_fraction", lambda c: c.train.schedule != "constant", "train.schedule=cosine or wsd"),
+    ("train.parallel", lambda c: os.environ.get("WORLD_SIZE", "1") != "1", "torchrun"),
     ("model.rope_theta", lambda c: c.model.position == "rotary", "model.position=rotary"),
 )
 
@@ -516,7 +518,7 @@ def resolve(
     for name, has_effect, remedy in _EFFECTS:
         group, key = name.split(".")
         if key in given.get(group, {}) and not has_effect(config):
-            raise UserError(f"command line: {name} has no effect without {remedy}; add that or leave it out")
+            raise UserError(f"command line: {name} has no effect without {remedy}; use that or leave it out")
     return config
 
 

@@ -37,7 +37,7 @@ def _mlp_width(config: GPTConfig) -> int:
 
 def estimate_memory(config: Config, vocab_size: int, device_type: str, processes: int = 1) -> int:
     """Bytes that one of `processes` needs to train: weights, gradients, the optimiser's averages, the moving average, and
-    what a micro-step keeps for its backward. On the CPU 0.65 to 1.0 of what was measured, from 0.4 to 1.6 GB."""
+    what a micro-step keeps for its backward. On the CPU 0.7 to 1.1 of the peaks measured, 0.4 to 1.6 GB."""
     model, train = config.model, config.train
     parameters = count_parameters(model, vocab_size)
     # Weights, gradients and AdamW's two averages; muon has one, and as much in passing.
