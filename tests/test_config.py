@@ -254,7 +254,7 @@ def test_a_seed_beyond_64_bits_is_refused(seed):
 def test_the_vocabulary_of_the_model_is_the_tokenizers_wherever_it_is_asked_for(tmp_path):
     (tmp_path / "run.yaml").write_text("model: {vocab_size: 50}\n")
     for source in ({"overrides": ["model.vocab_size=50"]}, {"file": tmp_path / "run.yaml"}):
-        with pytest.raises(UserError, match=r"model.vocab_size comes from the tokenizer; data.vocab_size limits that one"):
+        with pytest.raises(UserError, match=r"model.vocab_size comes from the tokenizer: leave it out, or set data.vocab_size"):
             resolve(**source)
     assert resolve(overrides=["vocab_size=50"]).data.vocab_size == 50
     assert resolve(base={"model": {"vocab_size": 50, "n_layer": 2}}).model.n_layer == 2  # a run's own

@@ -442,7 +442,7 @@ def merge(into: dict[str, dict[str, Any]], groups: Mapping[str, Any], source: st
             if key not in hints:
                 raise _unknown_key(str(key), group, source)
             if (group, key) == ("model", "vocab_size"):
-                raise UserError(f"{source}: model.vocab_size comes from the tokenizer; data.vocab_size limits that one")
+                raise UserError(f"{source}: model.vocab_size comes from the tokenizer: leave it out, or set data.vocab_size")
             into[group][key] = _convert(value, hints[key], f"{group}.{key}", source)
 
 
