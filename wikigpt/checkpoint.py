@@ -16,6 +16,7 @@ import torch
 from .errors import UserError
 from .files import write_atomically
 from .model import GPT, GPTConfig
+from .output import shortened
 
 if TYPE_CHECKING:
     from .data import Tokenizer
@@ -71,22 +72,30 @@ def load(source: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
         raise UserError(f"{path} is damaged: its part {damaged} is not what was written; use another copy")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is a PyTorch file, but not a checkpoint of wikigpt; train one with `wikigpt train`")
-    if content["version"] > VERSION:
-        raise UserError(f"{path} was written by a newer wikigpt (format {content['version']}); upgrade wikigpt")
-    content["tokenizer"] = json.loads(content["tokenizer"])
+    try:
+        version = int(content["version"])
+        content["tokenizer"] = json.loads(content["tokenizer"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); use another copy") from error
+    if version > VERSION:
+        raise UserError(f"{path} was written by a newer wikigpt (format {version}); upgrade wikigpt")
     return content
 
 
 def model_from(content: dict[str, Any], device: Any = "cpu", backend: str | None = None) -> GPT:
     """The model inside a loaded checkpoint, in eval mode."""
-    config = dict(content["model_config"])
-    if backend is not None:
-        config["backend"] = backend
-    model = GPT(GPTConfig(**config))
+    try:
+        config = GPTConfig(**{**content["model_config"], **({} if backend is None else {"backend": backend})})
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the checkpoint's model_config makes no model ({error}); use another copy") from error
+    model = GPT(config)
     try:
         model.load_state_dict(content["model"])
-    except RuntimeError as error:
-        raise UserError(f"the weights in the checkpoint do not fit its configuration: {error}") from error
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the weights in the checkpoint do not fit its configuration: {reason[:300]}; use another copy"
+        ) from error
     return model.to(device).eval()
 
 
@@ -104,7 +113,10 @@ def load_model(source: str | Path, device: Any = "cpu", backend: str | None = No
     """
     path = Path(source)
     # A name on the Hub is one word or OWNER/NAME; anything that can be a path here is one.
-    local = path.exists() or path.suffix == ".pth" or len(path.parts) > 2 or (path.parent.name and path.parent.is_dir())
+    try:
+        local = path.exists() or path.suffix == ".pth" or len(path.parts) > 2 or (path.parent.name and path.parent.is_dir())
+    except OSError as error:  # a name that is too long
+        raise UserError(f"cannot read the checkpoint {shortened(path)}: {error.strerror}; name another") from None
     hugging_face = (path / "config.json").is_file() or not local
     if hugging_face:
         from . import hub

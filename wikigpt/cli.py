@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import os
 import sys
@@ -18,9 +19,11 @@ from rich.table import Table
 from . import __version__
 from .cli_group import Group
 from .errors import UserError
+from .output import show_any_character
 from .settings_help import keys_epilog
 
 if TYPE_CHECKING:
+    from .config import Config
     from .data import Tokenizer
     from .model import GPT
 
@@ -98,7 +101,8 @@ def show_version(wanted: bool) -> None:
 @app.callback()
 def common(
     version: bool = typer.Option(False, "--version", callback=show_version, is_eager=True, help="Print the version and leave."),
-) -> None: ...
+) -> None:
+    show_any_character()
 
 
 @data_app.command("info")
@@ -106,12 +110,13 @@ def data_info(
     dataset: str = typer.Option("wikitext-2", help="wikitext-2, wikitext-2-raw, auto, pydoc, or a path"),
     data_dir: Path | None = DataDirOption,
     tokenizer: str = typer.Option("word", help="word, bpe or byte"),
-    vocab_size: int | None = typer.Option(None, help="limit of the vocabulary (bpe: 8192)"),
+    vocab_size: int | None = typer.Option(None, min=2, max=2**31 - 1, help="limit of the vocabulary (bpe: 8192)"),
 ) -> None:
     """Lines, words, tokens and types of each split."""
     from .data import info, prepare
 
     prepared = prepare(dataset, tokenizer, vocab_size, data_dir)
+    show_origin(prepared)
     console.print(info(prepared))
     console.print(f"token files: {prepared.directory}")
 
@@ -121,14 +126,30 @@ def presets() -> None:
     """The configurations that `train --preset` and `config show` know by name: their sizes, and what they are for."""
     from .config import presets as names
     from .config import resolve
+    from .output import count
     from .settings_help import purpose
 
-    table = Table("preset", "layers", "width", "context", "for", box=None, pad_edge=False)
+    table = Table("preset", "layers", "width", "context", "parameters", "for", box=None, pad_edge=False)
     for name in names():
-        model = resolve(name).model
-        table.add_row(name, str(model.n_layer), str(model.n_embd), str(model.context_length), purpose(name))
+        settings = resolve(name)
+        model = settings.model
+        sizes = (str(size) for size in (model.n_layer, model.n_embd, model.context_length))
+        table.add_row(name, *sizes, count(parameters(settings)), purpose(name))
     # A line each where no terminal limits it.
     (console if console.is_terminal else Console(width=200, highlight=False)).print(table)
+
+
+def parameters(settings: Config) -> int:
+    """Of the model that these settings train on WikiText-2, whose vocabulary is known."""
+    import torch
+
+    from .data.tokenizers import BPE_VOCAB_SIZE
+    from .model import GPT
+
+    types = {"word": 33278, "bpe": BPE_VOCAB_SIZE, "byte": 257}[settings.data.tokenizer]
+    with torch.device("meta"):
+        model = GPT(dataclasses.replace(settings.model, vocab_size=settings.data.vocab_size or types))
+    return model.num_parameters()
 
 
 @config_app.command("show")
@@ -349,7 +370,9 @@ def evaluate(
     if bleu is not None:
         report_bleu(checkpoint, bleu, hypotheses, max_new_tokens, device, backend)
     else:
-        report_perplexity(checkpoint, split or "test", dataset, data_dir, stride, dynamic_lr or 0.0, device, backend)
+        report_perplexity(
+            checkpoint, "test" if split is None else split, dataset, data_dir, stride, dynamic_lr or 0.0, device, backend
+        )
 
 
 def report_bleu(
@@ -393,8 +416,8 @@ def report_perplexity(
     rows = strides(model.config.context_length, stride)
     saved = content.get("config", {}).get("data", {})
     prepared = prepare(
-        dataset or saved.get("dataset", "wikitext-2"),
-        data_dir=data_dir or saved.get("data_dir"),
+        saved.get("dataset", "wikitext-2") if dataset is None else dataset,
+        data_dir=saved.get("data_dir") if data_dir is None else data_dir,
         tokenizer_json=tokenizer.to_json(),
     )
     show_origin(prepared)

@@ -71,8 +71,8 @@ def strides(context_length: int, stride: int | None = None) -> list[tuple[str, i
 
 
 def check_dynamic_lr(lr: float) -> None:
-    """Raises UserError for a learning rate of dynamic evaluation that is negative or no number."""
-    if not 0 <= lr < math.inf:
+    """Raises UserError for a learning rate of dynamic evaluation that is negative, no number or too large for float32."""
+    if not 0 <= lr <= torch.finfo(torch.float32).max:
         raise UserError(f"dynamic_lr: got {lr}, must be 0 (no dynamic evaluation) or a positive number")
 
 

@@ -70,6 +70,8 @@ def write_atomically(path: str | Path, write: Callable[[Any], Any]) -> None:
     Raises UserError where that fails; `path` is then as it was before and the temporary file is gone.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # renaming over /dev/null would take it from the whole machine
+        raise UserError(f"cannot write {path}: it is no file; choose another name")
     temporary = temporary_name(path)
     file = None
     try:
