@@ -154,15 +154,16 @@ def parameters(settings: Config) -> int:
 
 @config_app.command("show")
 def config_show(
-    words: list[str] = typer.Argument(None, metavar="[PRESET] [KEY=VALUE]...", help=f"default: {DEFAULT_PRESET}"),
+    preset: str | None = typer.Argument(None, metavar="PRESET", help=f"see wikigpt presets; default: {DEFAULT_PRESET}"),
+    overrides: list[str] = typer.Argument(None, metavar="KEY=VALUE", help="any setting, see wikigpt config keys"),
     config: Path | None = typer.Option(None, help="YAML or TOML file with settings, on top of the preset"),
 ) -> None:
     """The whole configuration that `train` would run with, as YAML for --config."""
     from .config import dump, resolve
 
-    preset, changes = DEFAULT_PRESET, list(words or ())
-    if changes and "=" not in changes[0]:
-        preset = changes.pop(0)
+    changes = list(overrides or ())
+    if preset is None or "=" in preset:  # the first override then
+        preset, changes = DEFAULT_PRESET, [preset, *changes] if preset else []
     console.print(dump(resolve(preset, config, changes)), end="")
 
 
@@ -439,7 +440,7 @@ def report_perplexity(
 def generate(
     prompts: list[str] = typer.Argument(
         None,
-        metavar="[PROMPT]...",
+        metavar="PROMPT",
         help="text to continue, - for standard input; several are a batch; none: asks for it",
     ),
     prompt_file: list[Path] = typer.Option([], help="file whose whole text is a prompt; may be given several times"),
