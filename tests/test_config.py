@@ -14,7 +14,7 @@ from wikigpt.kernels.attention import reference
 
 from wikigpt.config import BACKENDS, GROUPS, MAX_HEAD_DIM, GPTConfig, TrainConfig, dump, presets, resolve, settings
 from wikigpt.errors import UserError
-from wikigpt.train import Batches
+from wikigpt.train import TextBatches
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "training.md"
 
@@ -241,7 +241,7 @@ def test_the_table_of_nonsense_knows_every_setting():
 def test_a_seed_is_any_that_torch_takes_to_the_last_bit(seed):
     assert resolve(overrides=[f"seed={seed}"]).train.seed == seed
     torch.Generator().manual_seed(seed)
-    starts = [Batches(torch.arange(100), 4, s).starts(0).tolist() for s in (seed, 1337)]
+    starts = [TextBatches(torch.arange(100), 4, s).starts(0).tolist() for s in (seed, 1337)]
     assert starts[0] != starts[1]
 
 

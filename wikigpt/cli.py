@@ -224,7 +224,7 @@ def train(
                 raise UserError(f"{out} holds a run of `wikigpt finetune`; go on with it by `wikigpt finetune --resume`")
             settings = resolve(None, config, changes, base=saved["config"])
             del saved
-        check_backend(settings.model.backend, pick_device(settings.train.device).type, "adamw", "sample")
+        check_backend(settings.model.backend, pick_device(settings.train.device).type, "adamw", "grad_norm", "sample")
         prepared = prepare(settings.data.dataset, settings.data.tokenizer, settings.data.vocab_size, settings.data.data_dir)
         with processes(settings.train.device) as group:
             trainer = Trainer(settings, TextTask(prepared), out, group, resume, log=say)

@@ -30,7 +30,7 @@ class Batches:
     def starts(self, epoch: int) -> Tensor:
         """The places of an epoch, in the order of their visit: (count) int64 beside the tokens."""
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**64)
             self._starts, self._epoch = self.order(generator).to(self.device), epoch
         return self._starts
 

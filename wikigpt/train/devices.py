@@ -41,6 +41,8 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"unknown device {name!r}; use auto, cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device on this machine (or a CPU build of torch); use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name!r}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return device
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wikigpt.config import Config
+from wikigpt.data import check_context
 from wikigpt.evaluate import Perplexity, perplexity
 from wikigpt.model import GPT
 from wikigpt.pairs import IGNORE
@@ -49,6 +50,7 @@ class TextTask:
         self.dataset, self.tokenizer, self.fingerprint = dataset, dataset.tokenizer, dataset.fingerprint
 
     def batches(self, config: Config, device: torch.device) -> Batches:
+        check_context(self.dataset, config.model.context_length)
         tokens = torch.from_numpy(self.dataset.tokens["train"].astype("int32")).to(device)
         return TextBatches(tokens, config.model.context_length, config.train.seed)
 
