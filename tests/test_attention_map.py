@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from wikigpt.attention_map import draw, figure
+from wikigpt.attention_map import check_output, draw, figure
 from wikigpt.data import ByteTokenizer, WordTokenizer
 from wikigpt.errors import UserError
 from wikigpt.model import GPT, GPTConfig
@@ -138,6 +138,26 @@ def test_a_mistake_is_named_and_leaves_no_file(model, tmp_path, arguments, messa
     with pytest.raises(UserError, match=message):
         draw(model, **{"tokenizer": TOKENIZER, "text": TEXT, "path": tmp_path / "map.png", **arguments})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "begin"), [("map.png", b"\x89PNG"), ("map.PDF", b"%PDF-"), ("map.svg", b"<?xml")], ids=["png", "pdf", "svg"]
+)
+def test_the_suffix_chooses_the_format(model, tmp_path, name, begin):
+    draw(model, TOKENIZER, "the cat", tmp_path / name, layer=0, head=0)
+    assert (tmp_path / name).read_bytes().startswith(begin)
+
+
+@pytest.mark.parametrize("name", ["map.xyz", "map", ".png", "map.jpg"])
+def test_another_type_of_picture_is_refused_and_those_that_can_be_written_are_named(tmp_path, name):
+    with pytest.raises(UserError, match=r"end its name with \.png or \.pdf or \.svg"):
+        check_output(tmp_path / name)
+
+
+def test_a_path_below_a_file_is_refused_before_there_is_a_model(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is no folder"):
+        check_output(tmp_path / "file" / "a.png")
 
 
 def test_a_folder_that_does_not_exist_is_named(model, tmp_path):

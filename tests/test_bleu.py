@@ -133,6 +133,17 @@ def test_a_prompt_longer_than_the_context_is_named():
         evaluate_bleu(random_model(), TOKENIZER, pairs)
 
 
+def test_completions_of_no_token_are_refused():
+    with pytest.raises(ValueError, match="max_new_tokens: got 0, must be 1 or more"):
+        evaluate_bleu(random_model(), TOKENIZER, PAIRS, max_new_tokens=0)
+
+
+def test_progress_counts_pairs(monkeypatch):
+    seen = []
+    evaluate_bleu(random_model(), TOKENIZER, PAIRS, batch_size=5, max_new_tokens=1, progress=lambda *n: seen.append(n))
+    assert seen == [(5, 12), (10, 12), (12, 12)]
+
+
 def test_no_pairs_is_a_value_error():
     with pytest.raises(ValueError, match="pairs: got none"):
         evaluate_bleu(random_model(), TOKENIZER, [])

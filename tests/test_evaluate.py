@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from wikigpt import hub
 from wikigpt.data.store import SplitStats
 from wikigpt.errors import UserError
-from wikigpt.evaluate import perplexity, windows
+from wikigpt.evaluate import perplexity, strides, windows
 from wikigpt.model import GPT, GPTConfig
 
 
@@ -119,6 +119,25 @@ def test_dynamic_evaluation_learns_a_repeating_text_and_leaves_the_weights_as_th
 def test_a_token_the_model_does_not_know_is_named():
     with pytest.raises(UserError, match="token id 13 is out of range: the model's vocabulary has 13 entries"):
         perplexity(make_model(), np.array([1, 13, 2], dtype=np.uint16), 0)
+
+
+@pytest.mark.parametrize("lr", [-1.0, math.nan, math.inf, 1e40])
+def test_a_dynamic_learning_rate_that_cannot_be_is_refused(lr):
+    with pytest.raises(UserError, match="dynamic_lr: got"):
+        perplexity(make_model(), tokens(20), 0, dynamic_lr=lr)
+
+
+@pytest.mark.parametrize(
+    ("context", "stride", "protocols"),
+    [
+        (8, None, [("sliding window", 4), ("blocked", 8)]),
+        (8, 3, [("sliding window", 3)]),
+        (8, 8, [("blocked", 8)]),
+        (1, None, [("blocked", 1)]),
+    ],
+)
+def test_a_stride_of_the_whole_context_is_called_blocked(context, stride, protocols):
+    assert strides(context, stride) == protocols
 
 
 @pytest.mark.parametrize("stride", [0, 9])

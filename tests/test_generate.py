@@ -9,7 +9,7 @@ from wikigpt.kernels import sample
 
 from wikigpt.data import BPETokenizer, ByteTokenizer, WordTokenizer
 from wikigpt.errors import UserError
-from wikigpt.generate import complete, generate
+from wikigpt.generate import check_sampling, complete, cropped, generate
 from wikigpt.model import GPT, GPTConfig
 
 VOCAB, CONTEXT = 97, 24
@@ -208,6 +208,27 @@ def test_a_prompt_longer_than_the_context_names_both_lengths(model):
         generate(model, random_prompts(CONTEXT + 1), 1)
 
 
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 2**80])
+def test_a_seed_of_more_than_64_bits_is_refused(model, seed):
+    with pytest.raises(ValueError, match=f"seed: got {seed}, must have at most 64 bits"):
+        generate(model, [[1]], 1, seed=seed)
+
+
+@pytest.mark.parametrize("seed", [2**64 - 1, -(2**63)])
+def test_a_seed_may_have_64_bits(model, seed):
+    assert generate(model, [[1]], 3, seed=seed) == generate(model, [[1]], 3, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", float("inf")), ("temperature", float("nan")), ("top_k", 0), ("top_p", 0.0), ("min_p", 1.1)],
+)
+def test_sampling_arguments_can_be_checked_before_there_is_a_model(name, value):
+    with pytest.raises(ValueError, match=f"{name}: got {value}, must be"):
+        check_sampling(**{name: value})
+    check_sampling(temperature=0.0, top_k=None, top_p=1.0, min_p=0.0)
+
+
 @pytest.mark.parametrize("token", [VOCAB, -1])
 def test_a_token_outside_the_vocabulary_is_named(model, token):
     with pytest.raises(UserError, match=f"id {token} .*vocabulary of {VOCAB}"):
@@ -339,6 +360,22 @@ def test_generation_goes_on_after_eos_where_asked():
     through = complete(model, WORD, ["the cat"], 30, seed=0, stop_at_eos=False)[0]
     assert "\n" not in stopped
     assert through.startswith(stopped + "\n")
+
+
+def test_a_prompt_may_be_given_as_its_tokens():
+    model = make_model(vocab_size=257, context_length=64)
+    assert complete(model, ByteTokenizer(), [[*b"the"]], 12, seed=1) == complete(model, ByteTokenizer(), ["the"], 12, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("context", "first", "expected"),
+    [(4, False, [*b"efgh"]), (4, True, [256, *b"fgh"]), (1, True, [*b"h"]), (8, False, [*b"abcdefgh"])],
+)
+def test_a_prompt_that_is_cropped_keeps_its_end_and_the_token_that_texts_begin_with(context, first, expected):
+    tokenizer = ByteTokenizer()
+    tokenizer.adds_bos = first
+    ids, had = cropped(make_model(vocab_size=257, context_length=context), tokenizer, "abcdefgh")
+    assert (ids, had) == (expected, 8 + first)
 
 
 def test_only_one_prompt_can_be_streamed(model):
