@@ -1,17 +1,22 @@
 """The command line as a person meets it: what works, and one line with exit status 2 for what cannot."""
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from tests.forked import run_module
-from wikigpt import checkpoint
+from wikigpt import __version__, checkpoint, cli, config, kernels
 from wikigpt.data import WordTokenizer
+from wikigpt.errors import UserError
 from wikigpt.model import GPT, GPTConfig
+from wikigpt.settings_help import settings
 
 SENTENCE = "the cat sat on the mat and the dog sat on the log"
 
@@ -45,6 +50,25 @@ def place(tmp_path_factory):
     }
     checkpoint.save(folder / "runs" / "tiny" / checkpoint.NAME, content)
     return folder
+
+
+@pytest.fixture(scope="module")
+def damaged(place):
+    """The same with files beside it that are not what they should be."""
+    (place / "empty.txt").write_text("")
+    (place / "foreign.pth").write_text("hello")
+    (place / "cut.pth").write_bytes((place / "runs" / "tiny" / checkpoint.NAME).read_bytes()[:500])
+    tiny = checkpoint.load(place / "runs" / "tiny")
+    damages = {
+        "nan": {"model": {name: weight * float("nan") for name, weight in tiny["model"].items()}},
+        "other": {"model_config": {**tiny["model_config"], "n_layer": 3}},
+        "nonsense": {"model_config": {"layers": 3}},
+    }
+    for name, damage in damages.items():
+        checkpoint.save(place / f"{name}.pth", {**tiny, **damage})
+    torch.save({"format": checkpoint.FORMAT}, place / "noversion.pth")
+    (place / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    return place
 
 
 TINY = [
@@ -103,6 +127,90 @@ def test_generate_takes_the_newest_run_when_none_is_named(place):
     assert "the dog" in done.stdout
 
 
+def test_several_prompts_are_separated_by_an_empty_line(place):
+    done = wikigpt("generate", "the cat", "the dog", "--max-new-tokens", 3, cwd=place)
+    first, second = done.stdout.split("\n\n")
+    assert first.startswith("the cat")
+    assert second.startswith("the dog")
+
+
+def test_prompts_come_from_files_and_standard_input_too(place, monkeypatch):
+    monkeypatch.chdir(place)
+    (place / "prompt.txt").write_text("the dog\n")
+    options = ["--max-new-tokens", "3", "--temperature", "0"]
+    piped = CliRunner().invoke(cli.app, ["generate", "-", "--prompt-file", "prompt.txt", *options], input="the cat\n")
+    typed = CliRunner().invoke(cli.app, ["generate", "the cat", "the dog", *options])
+    assert piped.exit_code == 0
+    assert piped.stdout == typed.stdout != ""
+
+
+def test_a_prompt_that_is_too_long_is_cropped_and_one_line_says_so(place):
+    done = wikigpt("generate", "the cat " * 2000, "--max-new-tokens", 3, cwd=place)
+    assert done.returncode == 0
+    assert done.stderr == "note: the prompt has 4,000 tokens, the model's context holds 16: only the last 16 are used\n"
+    assert done.stdout.startswith("\u2026 the cat")
+    assert len(done.stdout.split()) <= 1 + 16 + 3
+
+
+def test_evaluate_names_the_protocol_and_fits_80_columns(place):
+    done = wikigpt("evaluate", "--dataset", "text", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert [word in done.stdout for word in ("sliding window", "blocked", "dynamic")] == [True, True, False]
+    assert max(map(len, done.stdout.splitlines()[1:])) <= 80
+    done = wikigpt("evaluate", "--dataset", "text", "--stride", 16, "--dynamic-lr", 0.01, cwd=place)
+    assert "blocked, dynamic" in done.stdout
+    assert "sliding window" not in done.stdout
+
+
+def test_version(place):
+    assert wikigpt("--version", cwd=place).stdout == f"wikigpt {__version__}\n"
+
+
+def test_presets_have_a_line_each_with_sizes_and_purpose(place):
+    _, *lines = wikigpt("presets", cwd=place).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == config.presets()
+    [small] = [line for line in lines if line.startswith("cpu-small")]
+    assert small.split()[1:5] == ["4", "128", "128", "5.06M"]
+    assert small.rstrip().endswith("on two CPU cores")
+
+
+def test_config_show_prints_what_train_would_run_with(place):
+    (place / "more.yaml").write_text("train: {seed: 7}\n")
+    done = wikigpt("config", "show", "quick", "--config", "more.yaml", "train.lr=0.5", "n_layer=2", cwd=place)
+    assert done.stdout == config.dump(config.resolve("quick", place / "more.yaml", ["train.lr=0.5", "n_layer=2"]))
+    (place / "shown.yaml").write_text(done.stdout)
+    assert wikigpt("config", "show", "--config", "shown.yaml", cwd=place).stdout == done.stdout
+
+
+def test_config_show_takes_the_preset_that_train_takes(place):
+    [preset] = [p for p in cli.app.registered_commands if p.callback is cli.train]
+    default = inspect.signature(preset.callback).parameters["preset"].default.default
+    shown = wikigpt("config", "show", "lr=0.5", cwd=place).stdout
+    assert shown == config.dump(config.resolve(default, None, ["lr=0.5"]))
+
+
+@pytest.mark.parametrize("arguments", [["config", "keys"], ["train", "--help"]], ids=" ".join)
+def test_every_setting_is_listed(place, arguments):
+    shown = wikigpt(*arguments, cwd=place).stdout
+    for setting in settings():
+        assert re.search(rf"^ ?{setting.group}\.{setting.key}=", shown, re.MULTILINE)
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_paths_and_texts_with_brackets_and_colons_are_printed_as_they_are(place):
+    out = place / "[bold] :cat: [x].svg"
+    done = wikigpt("attention", "the cat", "--layer", 0, "--head", 0, "--out", out, cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"wrote {out}\n"
+    assert out.is_file()
+
+
+def test_a_character_that_the_terminal_lacks_is_no_traceback(place):
+    done = wikigpt("generate", "caf\u00e9", "--max-new-tokens", 1, cwd=place, env={"PYTHONIOENCODING": "ascii"}, copied=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("caf?")
+
+
 def test_data_info_counts_each_split(place):
     done = wikigpt("data", "info", "--dataset", place / "text", cwd=place)
     assert done.returncode == 0, done.stderr
@@ -116,9 +224,18 @@ def test_doctor_names_an_implementation_for_every_op(place):
     for op in ("attention", "layer_norm", "linear_cross_entropy", "rms_norm", "rotary", "gelu", "swiglu"):
         assert op in done.stdout
     assert "wikigpt._C" in done.stdout
+    assert len(done.stdout.splitlines()) <= 13
+    assert done.stdout.count("runs on cuda, not on cpu (TRITON_INTERPRET=1") <= 1
 
 
-@pytest.mark.parametrize("command", ["data", "train", "evaluate", "generate", "finetune", "attention", "export", "doctor"])
+def test_doctor_all_lists_each_implementation(place):
+    done = wikigpt("doctor", "--all", cwd=place)
+    assert done.stdout.count("reference: available") == len(kernels.ops())
+
+
+@pytest.mark.parametrize(
+    "command", ["data", "config", "presets", "train", "evaluate", "generate", "finetune", "attention", "export", "doctor"]
+)
 def test_every_command_explains_itself(place, command):
     done = wikigpt(command, "--help", cwd=place, copied=command != "doctor")  # one from nothing
     assert done.returncode == 0
@@ -144,6 +261,36 @@ CASES = {
     "resume where": (["train", "--resume"], "--resume needs --out"),
     "no such device": (["train", "--dataset", "text", "--device", "gpu"], "unknown device 'gpu'"),
     "no such backend": (["train", "--dataset", "text", "--backend", "cudnn"], "backend: got 'cudnn'"),
+    "no such backend for a text": (["generate", "a", "--backend", "foo"], "backend: got 'foo'"),
+    "backend of another device": (
+        ["generate", "a", "--backend", "triton"],
+        "backend: 'triton' cannot compute attention on cpu",
+    ),
+    "backend without all ops": (["evaluate", "--backend", "cpu"], "backend: 'cpu' cannot compute"),
+    "endless temperature": (["generate", "a", "--temperature", "inf"], "temperature: got inf"),
+    "temperature of no number": (["generate", "a", "--temperature", "nan"], "temperature: got nan"),
+    "negative temperature": (["generate", "a", "--temperature", "-1"], "temperature: got -1.0"),
+    "seed of 80 bits": (["generate", "a", "--seed", str(2**80)], "seed: got 1208925819614629174706176"),
+    "no prompt": (["generate"], "no prompt: give a text, - to read standard input, or --prompt-file"),
+    "missing prompt file": (["generate", "--prompt-file", "none.txt"], "cannot read the prompt file none.txt"),
+    "no zip file": (["generate", "a", "-c", "/etc/passwd"], "/etc/passwd is not a checkpoint of wikigpt"),
+    "endless name": (["generate", "a", "-c", "a" * 5000], "File name too long"),
+    "model of NaN": (["generate", "the", "-c", "nan.pth"], "the model computes no probabilities: logits: row 0 has NaN"),
+    "checkpoint without version": (
+        ["generate", "the", "-c", "noversion.pth"],
+        "noversion.pth is damaged (KeyError: 'version')",
+    ),
+    "checkpoint of another model": (["generate", "the", "-c", "other.pth"], "do not fit its configuration"),
+    "checkpoint of nonsense": (["generate", "the", "-c", "nonsense.pth"], "model_config makes no model"),
+    "unknown type of picture": (["attention", "the", "--out", "a.xyz"], ".png or .pdf or .svg"),
+    "picture below a file": (["attention", "the", "--out", "empty.txt/a.png"], "empty.txt is no folder"),
+    "picture in no folder": (["attention", "the", "--out", "none/a.png"], "none does not exist; make that folder first"),
+    "negative dynamic lr": (["evaluate", "--dataset", "text", "--dynamic-lr", "-1"], "dynamic_lr: got -1.0"),
+    "completions without BLEU": (["evaluate", "--hypotheses", "h.txt"], "--hypotheses needs --bleu"),
+    "stride with BLEU": (["evaluate", "--bleu", "bad.jsonl", "--stride", "4"], "--stride has no effect with --bleu"),
+    "completions to a folder": (["evaluate", "--bleu", "bad.jsonl", "--hypotheses", "text"], "text is a folder"),
+    "preset to show": (["config", "show", "cpu-smal"], "did you mean cpu-small"),
+    "key to show": (["config", "show", "quick", "train.learnrate=1"], "unknown key train.learnrate"),
     "missing checkpoint": (["generate", "a", "-c", "runs/none"], "no checkpoint at"),
     "foreign checkpoint": (
         ["generate", "a", "-c", "foreign.pth"],
@@ -153,7 +300,6 @@ CASES = {
         ["evaluate", "cut.pth"],
         "cut.pth is not a checkpoint of wikigpt, or it is damaged",
     ),
-    "prompt too long": (["generate", " ".join(["the"] * 17)], "17"),
     "text too long": (["attention", " ".join(["the"] * 17)], "17"),
     "no such layer": (["attention", "the cat", "--layer", "2"], "layer"),
     "unknown split": (["evaluate", "--dataset", "text", "--split", "dev"], "unknown split 'dev'"),
@@ -164,21 +310,38 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_cannot_work_is_one_line_and_leaves_nothing_behind(place, case):
+def test_what_cannot_work_is_one_line_and_leaves_nothing_behind(damaged, case):
+    place = damaged
     arguments, message = CASES[case]
-    (place / "empty.txt").write_text("")
-    (place / "foreign.pth").write_text("hello")
-    (place / "cut.pth").write_bytes((place / "runs" / "tiny" / checkpoint.NAME).read_bytes()[:500])
-    (place / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
     before = sorted(str(p) for p in place.rglob("*") if "cache" not in p.parts)
     # A proxy that answers nothing closes the network for the hub library.
-    done = wikigpt(*arguments, cwd=place, env={"HF_HUB_OFFLINE": "1"})
+    done = wikigpt(*arguments, cwd=place, env={"HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"})
     assert done.returncode == 2, done.stdout + done.stderr
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("error: ")
     assert message in lines[0]
     assert sorted(str(p) for p in place.rglob("*") if "cache" not in p.parts) == before
+
+
+@pytest.mark.parametrize("arguments", [["doctor"], ["generate", "a"], ["evaluate"]], ids=lambda words: words[0])
+def test_a_backend_of_the_environment_that_is_unknown_is_one_line(place, arguments, monkeypatch):
+    monkeypatch.setattr(kernels._dispatch, "_forced", "foo")  # read once, when it is imported
+    monkeypatch.chdir(place)
+    result = CliRunner().invoke(cli.app, arguments)
+    assert str(result.exception) == ("WIKIGPT_BACKEND: got 'foo', allowed are auto, reference, torch, cpu, cuda, triton")
+    assert isinstance(result.exception, UserError)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["evaluate", "--stride", "0"], ["evaluate", "--bleu", "x", "--max-new-tokens", "0"], ["generate", "--top-k", "x"]],
+)
+def test_a_number_out_of_its_range_is_refused_by_the_parser(place, arguments):
+    done = wikigpt(*arguments, cwd=place)
+    assert done.returncode == 2
+    assert f"Invalid value for '{arguments[-2]}'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_without_the_packages_for_training_the_command_says_what_to_install(place):

@@ -80,12 +80,12 @@ def load(source: str | None, device: str, backend: str | None = None) -> tuple[G
 
 
 @contextlib.contextmanager
-def refused(what: str | None = None, kinds: tuple[type[Exception], ...] = (ValueError, TypeError)) -> Iterator[None]:
+def refused(what: str | None = None) -> Iterator[None]:
     """What the library refuses inside was given by the user."""
     try:
         yield
-    except kinds as error:
-        raise UserError(f"{what}: {error}" if what else str(error)) from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{what}: {str(error).removeprefix('backend: ')}" if what else str(error)) from error
 
 
 def show_origin(dataset: Any) -> None:
