@@ -12,7 +12,7 @@ import torch
 from wikigpt import checkpoint
 from wikigpt.data import WordTokenizer
 from wikigpt.errors import UserError
-from wikigpt.files import writable_directory
+from wikigpt.files import writable_directory, write_atomically
 from wikigpt.model import GPT, GPTConfig
 
 
@@ -152,3 +152,38 @@ def test_an_unwritable_directory_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write to .*file/run.*choose another with --out"):
         writable_directory(tmp_path / "file" / "run")
+
+
+def test_a_text_file_is_no_checkpoint(tmp_path):
+    # What the unpickler takes for its instructions: "(" and "q" end in an IndexError.
+    (tmp_path / "a.pth").write_text("root:x:0:0:root:/root:/bin/bash\n(q\nnobody:x:\n")
+    (tmp_path / "b.pth").write_text("q\x00")
+    for name in ("a.pth", "b.pth"):
+        with pytest.raises(UserError, match="is not a checkpoint of wikigpt"):
+            checkpoint.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"version": "x"}, {"tokenizer": None}, {"tokenizer": "{"}, {"model": None}, {"model_config": {"layers": 3}}],
+    ids=str,
+)
+def test_a_checkpoint_of_nonsense_is_one_line(tmp_path, content, change):
+    whole = {"format": checkpoint.FORMAT, "version": checkpoint.VERSION, **content, "tokenizer": "null", **change}
+    torch.save(whole, tmp_path / "a.pth")
+    with pytest.raises(UserError) as error:
+        checkpoint.load_model(tmp_path / "a.pth")
+    assert "\n" not in str(error.value)
+
+
+def test_a_name_that_is_too_long_is_one_short_line():
+    with pytest.raises(UserError, match="File name too long") as error:
+        checkpoint.load_model("a" * 5000)
+    assert len(str(error.value)) < 250
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: it is no file"):
+        write_atomically(tmp_path / "pipe", lambda file: file.write(b"x"))
+    assert not (tmp_path / "pipe").is_file()

@@ -62,8 +62,8 @@ def load(source: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         content = None if damaged else torch.load(path, map_location=map_location, weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; check its permissions or use another copy") from error
+    except PermissionError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; change its permissions or use another copy") from error
     except Exception as error:  # the unpickler takes bytes of any other file for its instructions
         raise UserError(
             f"{path} is not a checkpoint of wikigpt, or it is damaged ({type(error).__name__}); use another copy"
@@ -73,12 +73,11 @@ def load(source: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is a PyTorch file, but not a checkpoint of wikigpt; train one with `wikigpt train`")
     try:
-        version = int(content["version"])
+        if content["version"] > VERSION:
+            raise UserError(f"{path} was written by a newer wikigpt (format {content['version']}); upgrade wikigpt")
         content["tokenizer"] = json.loads(content["tokenizer"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); use another copy") from error
-    if version > VERSION:
-        raise UserError(f"{path} was written by a newer wikigpt (format {version}); upgrade wikigpt")
     return content
 
 
