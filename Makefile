@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TRAIN_READY := $(VENV)/.ready-train
+# Which torch: cpu, or cuda for the one that pip finds by itself; without it cpu where no NVIDIA GPU is. TORCH_INDEX: from where.
+export TORCH TORCH_INDEX
 # Arguments for the commands, for example: make train ARGS="--preset cpu-small"
 ARGS ?=
 # The Triton of the machine with a GPU, in a folder that Python looks into before .venv.
@@ -18,6 +21,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 help:
 	@echo "make train      train a small GPT (about two minutes on a CPU), evaluate it, continue a text"
+	@echo "                the first time it sets up .venv; TORCH=cpu or TORCH=cuda chooses the build of torch"
 	@echo "make test       run the tests (make test-full: with the full product of every grid)"
 	@echo "make test-triton36   a part of the kernels' tests, on Triton $(TRITON36)"
 	@echo "make fuzz       random calls of every public function for an hour (MINUTES=5: for five minutes)"
@@ -28,16 +32,17 @@ help:
 
 setup: $(READY)
 
-$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
-	@echo "== creating $(VENV) and installing (once; a few minutes) =="
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "== 1/2 torch and build tools =="
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch setuptools wheel ninja pybind11 numpy
-	@echo "== 2/2 wikigpt, its extension and the development tools =="
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]"
-	@touch $(READY)
+$(TRAIN_READY): pyproject.toml setup.py install.py constraints.txt $(wildcard csrc/*)
+	@$(PYTHON) -c "import sys; sys.exit('error: Python 3.10 or newer is needed: make PYTHON=python3.12' * (sys.version_info < (3, 10)) or 0)"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python install.py train
+	@touch $@
 
-train: $(READY)
+$(READY): $(TRAIN_READY)
+	@$(BIN)/python install.py dev
+	@touch $@
+
+train: $(TRAIN_READY)
 	$(BIN)/wikigpt train --preset quick $(ARGS)
 
 test: $(READY)
@@ -47,8 +52,8 @@ test-full: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "full or not full" $(ARGS)
 
 $(BEFORE)/.ready: $(READY)
-	@echo "== installing Triton $(TRITON36) beside the other =="
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(BEFORE) triton==$(TRITON36)
+	@echo "== installing Triton $(TRITON36) beside the other: about 190 MB to download =="
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --upgrade --target $(BEFORE) triton==$(TRITON36)
 	@touch $@
 
 # What that machine compiles: sm_90 of the compile and launch tiers. Of the interpreter's tests every seventh case: seven
