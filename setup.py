@@ -219,6 +219,9 @@ def extension() -> dict:
 
 
 if __name__ == "__main__":
+    # Hugging Face's package kernels has a plugin of setuptools, which our folder kernels/ would be taken for.
+    root = Path(__file__).resolve().parent
+    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != root]
     try:
         arguments = extension()
     except LeftOut as reason:

@@ -275,6 +275,12 @@ def test_what_the_compilers_are_called_with(tmp_path):
         assert part in linked
 
 
+def test_plugins_of_setuptools_are_not_looked_for_in_the_folder_kernels(tmp_path):
+    """Hugging Face's package of that name has one, and every command of setup.py ended in its ModuleNotFoundError."""
+    run(sys.executable, "setup.py", "-q", "egg_info", "-e", tmp_path, cwd=ROOT, WIKIGPT_NO_EXT="1")
+    assert (tmp_path / "wikigpt.egg-info" / "PKG-INFO").is_file()
+
+
 # --- the functions of setup.py ---
 
 NVCC_12_8 = ["5.0", "7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.1", "12.0"]
