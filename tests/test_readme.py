@@ -40,6 +40,22 @@ def test_every_option_that_is_shown_exists(page):
         assert set(shown) <= known, line
 
 
+def test_what_is_said_about_installing_works_from_a_checkout():
+    """Nothing is published, and an isolated build sees no torch."""
+    sources = [path for name in ("wikigpt", "bench", "kernels") for path in (ROOT / name).rglob("*.py")]
+    for file in [*PAGES, *sorted((ROOT / "docs" / "kernels").glob("*.md")), *sources]:
+        for command in re.findall(r"""pip install [^`\n]*?["']([^"'`]*\[\w+\])""", file.read_text()):
+            assert command.startswith(".["), f"{file}: {command}"
+        for command in re.findall(r"pip install [^`\n]*\[(?:train|bench|dev)\]", file.read_text()):
+            assert "--no-build-isolation" in command, f"{file}: {command}"
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/translation.md", "docs/question-answering.md", "docs/code-generation.md"])
+def test_the_environment_of_make_is_activated_before_a_bare_command(name):
+    text = (ROOT / name).read_text()
+    assert text.index(". .venv/bin/activate") < re.search("^(wikigpt|pytest|python) ", text, re.MULTILINE).start()
+
+
 def test_every_setting_is_in_the_table_and_nothing_else():
     rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "training.md").read_text(), re.MULTILINE)
     documented = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
