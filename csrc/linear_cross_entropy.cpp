@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <initializer_list>
 #include <iterator>
 #include <limits>
@@ -19,6 +20,7 @@
 #include <optional>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 namespace wikigpt {
 namespace {
@@ -27,6 +29,7 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr uint16_t kMinusInfinity = 0xff80;            // in bf16
 constexpr int64_t kTileRows = 96;                      // vocabulary rows of a tile: 96 x 128 features are 48 KiB
 constexpr int64_t kChainLength = 256;                  // products of a logit that are added without a pause
 constexpr int64_t kChunkRows = 256;                    // tokens of a chunk at most
@@ -68,12 +71,14 @@ struct Kernels {
   void (*pack)(const Problem&, const Chunk&);
   void (*forward_tile)(const Problem&, const Chunk&, const Tile&, float*, float*, Running&);
   void (*backward_tile)(const Problem&, const Chunk&, const Tile&, const float*, const float*, float*, float*, bool);
+  void (*row_sums)(const uint16_t*, int64_t, bool, float*, float&, double&, double&);
+  void (*row_gradient)(uint16_t*, int64_t, const float*, float, float, float);
 };
 
 namespace generic {
 constexpr int VL = 4, MR = 6;
 #include "linear_cross_entropy_kernel.h"
-constexpr Kernels kernels{"generic", NR, pack, forward_tile, backward_tile};
+constexpr Kernels kernels{"generic", NR, pack, forward_tile, backward_tile, row_sums, row_gradient};
 }  // namespace generic
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -83,7 +88,7 @@ constexpr Kernels kernels{"generic", NR, pack, forward_tile, backward_tile};
 namespace avx2 {
 constexpr int VL = 8, MR = 6;
 #include "linear_cross_entropy_kernel.h"
-constexpr Kernels kernels{"avx2", NR, pack, forward_tile, backward_tile};
+constexpr Kernels kernels{"avx2", NR, pack, forward_tile, backward_tile, row_sums, row_gradient};
 }  // namespace avx2
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -91,7 +96,7 @@ constexpr Kernels kernels{"avx2", NR, pack, forward_tile, backward_tile};
 namespace avx512 {
 constexpr int VL = 16, MR = 12;
 #include "linear_cross_entropy_kernel.h"
-constexpr Kernels kernels{"avx512", NR, pack, forward_tile, backward_tile};
+constexpr Kernels kernels{"avx512", NR, pack, forward_tile, backward_tile, row_sums, row_gradient};
 }  // namespace avx512
 #pragma GCC pop_options
 #endif
@@ -266,6 +271,57 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
   return {loss, lse, d_input, d_weight, d_bias};
 }
 
+// Cross-entropy of given bf16 logits (n, v), contiguous: per-token loss (n) and log-sum-exp (n) in float32. Where row_grad
+// (d objective / d loss, one per token) is given, the logits become their gradient, while the row is in cache.
+std::tuple<Tensor, Tensor> cross_entropy_rows(
+    Tensor logits, const Tensor& target, const std::optional<Tensor>& row_grad, int64_t ignore_index, double label_smoothing,
+    double z_loss) {
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "logits must be (n, v) and contiguous");
+  STD_TORCH_CHECK(logits.scalar_type() == ScalarType::BFloat16, "logits must be bfloat16");
+  STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long && target.dim() == 1, "target must be int64 and (n)");
+  const int64_t n = logits.size(0), v = logits.size(1);
+  STD_TORCH_CHECK(target.numel() == n && (!row_grad || row_grad->numel() == n), "target and row_grad must be (n)");
+  const Kernels& k = kernels();
+  const Tensor y = contiguous(target);
+  const Tensor g = row_grad ? contiguous(to(*row_grad, ScalarType::Float)) : Tensor();
+  const auto make = [&] { return torch::stable::empty({&n, 1}, ScalarType::Float); };
+  Tensor loss = make(), lse = make();
+  uint16_t* const z = reinterpret_cast<uint16_t*>(logits.mutable_data_ptr<BFloat16>());
+  const int64_t* const targets = y.const_data_ptr<int64_t>();
+  const float* const up_of = row_grad ? g.const_data_ptr<float>() : nullptr;
+  float *const loss_out = loss.mutable_data_ptr<float>(), *const lse_out = lse.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < n; ++i)
+    STD_TORCH_CHECK(
+        targets[i] == ignore_index || (targets[i] >= 0 && targets[i] < v), "target: token ", i, " is ", targets[i],
+        ", allowed: 0 to ", v - 1, ", or ignore_index ", ignore_index);
+  const double s = label_smoothing;
+  torch::stable::parallel_for(0, n, 1, [&](int64_t first, int64_t last) {
+    std::vector<float> exps(v + k.lanes);
+    for (int64_t r = first; r < last; ++r) {
+      uint16_t* const row = z + r * v;
+      float largest;
+      double sum, total;
+      k.row_sums(row, v, s > 0.0, exps.data(), largest, sum, total);
+      const double l = largest + std::log(sum);
+      lse_out[r] = static_cast<float>(l);
+      loss_out[r] = 0.0f;
+      if (targets[r] == ignore_index) {
+        if (up_of) std::fill_n(row, v, uint16_t{0});
+        continue;
+      }
+      uint16_t& entry = row[targets[r]];
+      const double of_target = static_cast<float>(BFloat16(entry, BFloat16::from_bits()));
+      loss_out[r] = static_cast<float>((1.0 - s) * (l - of_target) + s * (l - total / v) + z_loss * l * l);
+      if (!up_of) continue;
+      const double up = up_of[r], scale = up * (1.0 + 2.0 * z_loss * l), shift = up * s / v;
+      const float least = static_cast<float>(1e-30 * sum);
+      k.row_gradient(row, v, exps.data(), least, static_cast<float>(scale / sum), static_cast<float>(shift));
+      entry = BFloat16(static_cast<float>(std::exp(of_target - l) * scale - shift - up * (1.0 - s))).x;
+    }
+  });
+  return {loss, lse};
+}
+
 }  // namespace
 
 const char* instruction_set() { return kernels().name; }
@@ -277,8 +333,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(wikigpt, m) {
       "linear_cross_entropy_cpu(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? row_grad, "
       "int ignore_index, float label_smoothing, float z_loss, bool need_input_grad, bool need_weight_grad, "
       "bool need_bias_grad) -> (Tensor loss, Tensor lse, Tensor d_input, Tensor d_weight, Tensor d_bias)");
+  m.def(
+      "cross_entropy_rows_cpu(Tensor(a!) logits, Tensor target, Tensor? row_grad, int ignore_index, float label_smoothing, "
+      "float z_loss) -> (Tensor loss, Tensor lse)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(wikigpt, CPU, m) {
   m.impl("linear_cross_entropy_cpu", TORCH_BOX(&wikigpt::linear_cross_entropy));
+  m.impl("cross_entropy_rows_cpu", TORCH_BOX(&wikigpt::cross_entropy_rows));
 }

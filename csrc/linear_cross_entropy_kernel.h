@@ -16,6 +16,15 @@ typedef int vi __attribute__((vector_size(VL * 4)));
 static WIKIGPT_INLINE vf load(const float* p) { return (vf) * (const vf_u*)p; }
 static WIKIGPT_INLINE void store(float* p, vf x) { *(vf_u*)p = (vf_u)x; }
 static WIKIGPT_INLINE vf set1(float x) { return x - vf{}; }
+typedef uint32_t vu __attribute__((vector_size(VL * 4)));
+typedef uint16_t vh __attribute__((vector_size(VL * 2)));
+typedef uint16_t vh_u __attribute__((vector_size(VL * 2), aligned(2), may_alias));
+
+static WIKIGPT_INLINE vf load_bf16(const uint16_t* p) { return (vf)(__builtin_convertvector((vh) * (const vh_u*)p, vu) << 16); }
+static WIKIGPT_INLINE void store_bf16(uint16_t* p, vf x) {  // to nearest, ties to even; NaN stays NaN
+  const vu bits = (vu)x, rounded = bits + 0x7fff + (bits >> 16 & 1);
+  *(vh_u*)p = (vh_u)__builtin_convertvector((x == x ? rounded : bits | 0x400000) >> 16, vh);
+}
 static WIKIGPT_INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }
 
 // exp(x) for x <= ~88, relative error below 2e-7; NaN stays NaN, anything below -87 gives about 1e-38.
@@ -210,6 +219,56 @@ static void backward_tile(
       multiply(
           p.d, NR, 1, t.rows, p.weight + t.begin * p.d, 1, p.d, 0, gradient + panel * t.rows * NR, dh + panel * p.d * NR,
           NR, true);
+}
+
+// Of one row of bf16 logits: the largest, the sum of exp(logit - largest) and, for label smoothing, that of the logits; partial
+// sums of 4,096 numbers are added in float64. The exponentials are left in `exps`, which has room for v rounded up to VL.
+static void row_sums(
+    const uint16_t* row, int64_t v, bool with_total, float* exps, float& largest, double& sum, double& total) {
+  const int64_t whole = v / VL * VL;
+  uint16_t rest[VL];
+  for (int j = 0; j < VL; ++j) rest[j] = whole + j < v ? row[whole + j] : kMinusInfinity;
+  vf top[4] = {load_bf16(rest)};
+  for (int k = 1; k < 4; ++k) top[k] = top[0];
+  int64_t i = 0;
+  for (; i + 4 * VL <= whole; i += 4 * VL)
+    for (int k = 0; k < 4; ++k) top[k] = maximum(load_bf16(row + i + k * VL), top[k]);
+  for (; i < whole; i += VL) top[0] = maximum(load_bf16(row + i), top[0]);
+  const vf most = maximum(maximum(top[0], top[1]), maximum(top[2], top[3]));
+  largest = std::numeric_limits<float>::lowest();
+  for (int j = 0; j < VL; ++j) largest = most[j] > largest ? most[j] : largest;
+  sum = total = 0.0;
+  for (int64_t first = 0; first < whole; first += 4096) {
+    const int64_t end = first + 4096 < whole ? first + 4096 : whole;
+    vf block = vf{}, of_logits = vf{};
+    for (i = first; i < end; i += VL) {
+      const vf e = exp_(load_bf16(row + i) - largest);
+      store(exps + i, e);
+      block += e;
+    }
+    if (with_total)
+      for (i = first; i < end; i += VL) of_logits += load_bf16(row + i);
+    for (int j = 0; j < VL; ++j) sum += block[j], total += of_logits[j];
+  }
+  if (whole == v) return;
+  const vf x = load_bf16(rest), e = exp_(x - largest);
+  store(exps + whole, e);
+  for (int j = 0; whole + j < v; ++j) sum += e[j], total += x[j];
+}
+
+// The row becomes scale * exps - shift in bf16. As in backward_tile, what is below `least` (a probability of 1e-30) counts as 0.
+static void row_gradient(uint16_t* row, int64_t v, const float* exps, float least, float scale, float shift) {
+  const vf bound = set1(least);
+  const int64_t whole = v / VL * VL;
+  for (int64_t i = 0; i < whole; i += VL) {
+    const vf e = load(exps + i);
+    store_bf16(row + i, (e < bound ? vf{} : e) * scale - shift);
+  }
+  if (whole == v) return;
+  uint16_t rest[VL];
+  const vf e = load(exps + whole);
+  store_bf16(rest, (e < bound ? vf{} : e) * scale - shift);
+  for (int64_t i = whole; i < v; ++i) row[i] = rest[i - whole];
 }
 
 #undef WIKIGPT_INLINE

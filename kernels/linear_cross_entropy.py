@@ -104,8 +104,66 @@ def linear_cross_entropy_reference(
 
 # --- kernel: chunks of tokens on the CPU ----------------------------------------------------------------------------
 
-# Logits of a chunk: small enough for the last-level cache, enough rows to keep the matrix products efficient.
+# Logits of a chunk, and its tokens: small enough for the last-level cache, enough rows to keep the matrix products efficient.
 _CHUNK_BYTES = 64 << 20
+_CHUNK_ROWS = {torch.float32: 256, torch.bfloat16: 512}
+# Products of what is near or below the smallest normal number are several times slower, and probabilities far apart are mostly
+# that.
+_LEAST_PROBABILITY = 1e-30
+
+
+# Whether this CPU has units for products of bf16 matrices, which PyTorch's products then use. Without them products of float32
+# are as fast, and more precise.
+MULTIPLIES_BF16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def _product_dtype(input: Tensor) -> torch.dtype:
+    """Of the chunks' matrix products; linear_weight is rounded to it, as by plain PyTorch."""
+    return torch.bfloat16 if input.dtype == torch.bfloat16 and MULTIPLIES_BF16 else torch.float32
+
+
+def _rows_cpu(
+    z: Tensor,
+    target: Tensor,
+    up: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    z_loss: float,
+    aux: bool,
+    of_lse: Tensor | None,
+    of_target: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """(loss, lse) and with `aux` (target logit, hit) of each row of z, the logits (rows, V) in float32. Where `up` is given,
+    d objective / d loss of each row, z becomes d objective / d logits."""
+    valid = target != ignore_index
+    y = torch.where(valid, target, 0)
+    if softcap > 0.0:
+        z.div_(softcap).tanh_().mul_(softcap)
+    z_target = z.gather(1, y[:, None])[:, 0]
+    z_mean = z.mean(1) if label_smoothing > 0.0 else 0.0
+    slope = 1 - (z / softcap).square() if softcap > 0.0 and up is not None else None
+    of_logits = (torch.where(valid, z_target, 0.0), (z.max(1).indices == y) & valid) if aux else ()
+    z_max = z.amax(1)
+    torch.softmax(z, 1, out=z)
+    lse = z_max - z.amax(1).log()
+    loss = (1 - label_smoothing) * (lse - z_target) + label_smoothing * (lse - z_mean) + z_loss * lse.square()
+    rows = torch.where(valid, loss, 0.0), lse, *of_logits
+    if up is None:
+        return rows
+    F.threshold_(z, _LEAST_PROBABILITY, 0.0)
+    up = torch.where(valid, up, 0.0)
+    of_softmax, at_target = up * (1 + 2 * z_loss * lse), (label_smoothing - 1) * up
+    if of_lse is not None and of_target is not None:
+        of_softmax = of_softmax + of_lse
+        at_target = at_target + torch.where(valid, of_target, 0.0)
+    z *= of_softmax[:, None]
+    if label_smoothing > 0.0:
+        z -= (up * (label_smoothing / z.shape[1]))[:, None]
+    z.scatter_add_(1, y[:, None], at_target[:, None])
+    if slope is not None:
+        z *= slope
+    return rows
 
 
 def _chunked_cpu(
@@ -125,59 +183,51 @@ def _chunked_cpu(
 ) -> tuple[Tensor, ...]:
     """Per-token loss (N) in float32 and the gradients asked for by `needs` (input, weight, bias), for the given
     d objective / d loss of each token (and, both or none, of its lse and target logit), then lse, and target logits and hits
-    where `aux` asks for them. The C++ twin in csrc/linear_cross_entropy.cpp does the same in fewer passes, without what is of
-    lse and target logits."""
+    where `aux` asks for them. What lies between the products csrc/linear_cross_entropy.cpp does for logits in bf16, and for
+    those in float32 also the products, without what is of lse and target logits."""
     n, d = input.shape
     v = linear_weight.shape[0]
+    dtype = _product_dtype(input)
     loss, all_lse, target_logits, correct = empty_rows(target, aux)
     d_input = input.new_empty(input.shape if needs[0] else 0, dtype=_held(input.dtype))
     d_weight = torch.zeros(v, d) if needs[1] else torch.empty(0)
     d_bias = torch.zeros(v) if needs[2] else torch.empty(0)
-    rows = max(16, min(256, _CHUNK_BYTES // (4 * v)))
-    buffer = torch.empty(min(rows, n), v)
-    matrix = linear_weight.float()
+    rows = max(16, min(_CHUNK_ROWS[dtype], _CHUNK_BYTES // (dtype.itemsize * v)))
+    buffer = torch.empty(min(rows, n), v, dtype=dtype)
+    of_chunk = torch.empty(v, d, dtype=dtype) if needs[1] and dtype != torch.float32 else None
+    matrix = linear_weight.to(dtype)
+    bias = None if linear_bias is None else linear_bias.to(dtype)
+    in_csrc = dtype == torch.bfloat16 and softcap == 0.0 and not aux and of_lse is None and extension()[0] is not None
     for begin in range(0, n, rows):
-        x = input[begin : begin + rows].float()
-        y = target[begin : begin + rows]
+        chunk = slice(begin, begin + rows)
+        x = input[chunk].to(dtype)
         z = buffer[: x.shape[0]]  # (rows, V)
-        torch.mm(x, matrix.t(), out=z)
-        if linear_bias is not None:
-            z += linear_bias
-        if softcap > 0.0:
-            z.div_(softcap).tanh_().mul_(softcap)
-        valid = y != ignore_index
-        y = torch.where(valid, y, 0)
-        z_target = z.gather(1, y[:, None])[:, 0]
-        z_mean = z.mean(1) if label_smoothing > 0.0 else 0.0
-        slope = 1 - (z / softcap).square() if softcap > 0.0 and row_grad is not None else None
-        if aux:
-            target_logits[begin : begin + rows] = torch.where(valid, z_target, 0.0)
-            correct[begin : begin + rows] = (z.argmax(1) == y) & valid
-        z_max = z.amax(1)
-        torch.softmax(z, 1, out=z)
-        lse = z_max - z.amax(1).log()
-        all_lse[begin : begin + rows] = lse
-        token_loss = (1 - label_smoothing) * (lse - z_target) + label_smoothing * (lse - z_mean)
-        loss[begin : begin + rows] = torch.where(valid, token_loss + z_loss * lse.square(), 0.0)
+        if bias is None:
+            torch.mm(x, matrix.t(), out=z)
+        else:
+            torch.addmm(bias, x, matrix.t(), out=z)
+        up, *of_others = (None if of is None else of[chunk] for of in (row_grad, of_lse, of_target))
+        if in_csrc:
+            loss[chunk], all_lse[chunk] = torch.ops.wikigpt.cross_entropy_rows_cpu(
+                z, target[chunk], up, ignore_index, label_smoothing, z_loss
+            )
+        else:
+            logits = z.float()  # z itself, if it is that already
+            found = _rows_cpu(logits, target[chunk], up, ignore_index, label_smoothing, softcap, z_loss, aux, *of_others)
+            for all_rows, of_chunk_rows in zip((loss, all_lse, target_logits, correct), found):
+                all_rows[chunk] = of_chunk_rows
+            if z is not logits and row_grad is not None:
+                z.copy_(logits)
         if row_grad is None:
             continue
-        up = torch.where(valid, row_grad[begin : begin + rows], 0.0)
-        of_softmax, at_target = up * (1 + 2 * z_loss * lse), (label_smoothing - 1) * up
-        if of_lse is not None and of_target is not None:
-            of_softmax = of_softmax + of_lse[begin : begin + rows]
-            at_target = at_target + torch.where(valid, of_target[begin : begin + rows], 0.0)
-        z *= of_softmax[:, None]
-        if label_smoothing > 0.0:
-            z -= (up * (label_smoothing / v))[:, None]
-        z.scatter_add_(1, y[:, None], at_target[:, None])
-        if slope is not None:
-            z *= slope
         if needs[0]:
-            d_input[begin : begin + rows] = z @ matrix
-        if needs[1]:
+            d_input[chunk] = z @ matrix
+        if of_chunk is not None:
+            d_weight += torch.mm(z.t(), x, out=of_chunk)
+        elif needs[1]:
             d_weight.addmm_(z.t(), x)
         if needs[2]:
-            d_bias += z.sum(0)
+            d_bias += z.sum(0, dtype=torch.float32)
     return loss, d_input, d_weight, d_bias, all_lse, target_logits, correct
 
 
@@ -203,6 +253,7 @@ def _cpu(
         or extension()[0] is None
         or softcap > 0.0
         or input.dtype not in (torch.float32, torch.bfloat16)
+        or _product_dtype(input) != torch.float32
     ):
         return _chunked_cpu(
             input,
@@ -460,6 +511,8 @@ def _fused(
             return_aux=return_aux,
         )
     refuse_forward_mode("linear_cross_entropy", input, linear_weight, linear_bias)
+    if torch.bfloat16 in (input.dtype, dtype := compute_dtype(input, linear_weight)) and MULTIPLIES_BF16:
+        input = input.to(dtype)  # says in what dtype the products are, to the backward too
     # Under torch.func the backward is asked for a gradient that can be differentiated, which is made there.
     ahead = torch.is_grad_enabled() and (torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active())
     loss, _, _, _, lse, target_logits, correct = _loss(
@@ -785,8 +838,9 @@ def linear_cross_entropy(
     token's (bfloat16; finfo.eps / 32). It biases the gradients of rare words' weights, so it is off by default.
 
     On a GPU, matrix products are in autocast's dtype where it is on, else in that of input and linear_weight; gradients have
-    the dtypes of their tensors, and that of linear_weight is summed in float32. On the CPU, input keeps its dtype under
-    autocast and the products are float32, which is as precise and, without a bf16 matrix unit, faster.
+    the dtypes of their tensors, and that of linear_weight is summed in float32. On the CPU that holds for bf16 where the
+    processor multiplies matrices of it (AMX, AVX512-BF16); elsewhere, and for float16, the products are float32, which is more
+    precise and faster there.
 
     Raises ValueError or TypeError for shapes, dtypes, devices and options that do not fit. A target out of range raises
     IndexError on the CPU and under `debug_checks()`; otherwise its loss and gradients are NaN on a GPU.

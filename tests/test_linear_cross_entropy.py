@@ -36,7 +36,9 @@ CPU_SHAPES = [(256, 64, 96), (300, 40, 1000), (257, 130, 97)]
 
 @pytest.fixture(params=["csrc", "chunked", "triton"])
 def implementation(request, monkeypatch):
-    """Both implementations for the CPU, C++ and the one in PyTorch's operators for machines without a compiler, and Triton."""
+    """Both implementations for the CPU, C++ and the one in PyTorch's operators for machines without a compiler, and Triton. On
+    every CPU alike: what changes with bf16 units is switched by `bf16_units`."""
+    monkeypatch.setattr(module, "MULTIPLIES_BF16", False)
     if request.param == "triton":
         request.getfixturevalue("small_chunks")
         with kernels.backend("triton"):
@@ -48,6 +50,14 @@ def implementation(request, monkeypatch):
     elif not built:
         pytest.skip("csrc/ is not built (no C++ compiler)")
     yield request.param
+
+
+@pytest.fixture(params=[False, True], ids=["no units", "bf16 units"])
+def bf16_units(implementation, request, monkeypatch):
+    """What the CPU is taken for; PyTorch multiplies bf16 matrices on every one. Chunks of 40 tokens."""
+    monkeypatch.setattr(module, "MULTIPLIES_BF16", request.param)
+    monkeypatch.setattr(module, "_CHUNK_ROWS", dict.fromkeys(module._CHUNK_ROWS, 40))
+    return request.param
 
 
 @pytest.fixture
@@ -160,6 +170,85 @@ def test_bf16_input_gives_bf16_gradient_as_accurate_as_plain_pytorch(implementat
     assert leaf.grad.dtype == torch.bfloat16
     assert_as_accurate_as(loss.detach(), plain[0], truth[0])
     assert_as_accurate_as(leaf.grad, plain[1], truth[1])
+
+
+ON_CPU = pytest.mark.parametrize("implementation", ["csrc", "chunked"], indirect=True)
+BF16_OPTIONS = [{}, {"label_smoothing": 0.1}, {"z_loss": 1e-2}, {"softcap": 3.0}, {"label_smoothing": 0.2, "z_loss": 1e-2}]
+
+
+@ON_CPU
+@pytest.mark.parametrize("shape", [(41, 70, 110), (33, 20, 515), (130, 64, 96)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("options", BF16_OPTIONS, ids=str)
+def test_bf16_on_a_cpu_is_as_accurate_as_plain_pytorch(implementation, bf16_units, shape, bias, reduction, options):
+    x, w, b, y = (t.bfloat16() if t is not None and t.is_floating_point() else t for t in problem(*shape, bias=bias))
+    upstream = torch.rand(y.shape, generator=torch.Generator().manual_seed(1)) if reduction == "none" else torch.tensor(1.7)
+    options = options | {"reduction": reduction}
+    ours = gradients(lce, x, w, b, y, upstream, torch.bfloat16, **options)
+    plain = gradients(linear_cross_entropy_reference, x, w, b, y, upstream, torch.bfloat16, **options)
+    truth = gradients(linear_cross_entropy_reference, x, w, b, y, upstream, torch.float64, **options)
+    for o, p, t in zip(ours, plain, truth):
+        assert_as_accurate_as(o, p, t)
+
+
+@ON_CPU
+@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_on_a_cpu_is_as_accurate_as_plain_pytorch(implementation, bf16_units, input_dtype, compiled):
+    x, w, b, y = problem(100, 24, 300)
+
+    def run(function, dtype, autocast):
+        leaves = [tensor.to(dtype).detach().requires_grad_() for tensor in (x.to(input_dtype), w, b)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = function(leaves[0].to(input_dtype if autocast else dtype), leaves[1], y, linear_bias=leaves[2])
+        loss.backward()
+        return [loss.detach(), *(leaf.grad for leaf in leaves)]
+
+    function = torch.compile(lce, backend="aot_eager", fullgraph=True) if compiled else lce
+    ours, plain = run(function, torch.float32, True), run(linear_cross_entropy_reference, torch.float32, True)
+    truth = run(linear_cross_entropy_reference, torch.float64, False)
+    assert [o.dtype for o in ours] == [torch.float32] * 4
+    for o, p, t in zip(ours, plain, truth):
+        assert_as_accurate_as(o, p, t)
+
+
+@ON_CPU
+def test_products_are_bf16_under_autocast_where_the_cpu_has_units_for_it(implementation, bf16_units):
+    """A number of 11 bits, which bf16 rounds to 1."""
+    x, w = torch.ones(1, 1), torch.tensor([[1 + 2**-10], [0.0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        _, aux = lce(x, w, torch.tensor([0]), return_aux=True)
+    assert aux.target_logits.item() == (1.0 if bf16_units else 1 + 2**-10)
+
+
+@ON_CPU
+def test_factors_of_different_dtypes_are_multiplied_in_float32_without_autocast(implementation, bf16_units):
+    x, w = torch.ones(1, 1, dtype=torch.bfloat16), torch.tensor([[1 + 2**-10], [0.0]])
+    _, aux = lce(x, w, torch.tensor([0]), return_aux=True)
+    assert aux.target_logits.item() == 1 + 2**-10
+
+
+@ON_CPU
+def test_chunks_do_not_round_the_sum_of_the_weight_gradient(implementation, bf16_units):
+    """One step of bf16 is 1/128: a sum of 52 equal numbers in bf16 would be wrong, and of more than 256 stop growing."""
+    n, d, v = 40 * 51, 1, 2
+    x, w = torch.ones(n, d, dtype=torch.bfloat16), torch.zeros(v, d, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        lce(x, w, torch.zeros(n, dtype=torch.int64), reduction="sum").backward()
+    assert w.grad.tolist() == [[-n / 2], [n / 2]]
+
+
+@ON_CPU
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_and_inf_reach_the_loss_of_their_token_in_bf16(implementation, bf16_units, bad):
+    x, w, _, y = problem(50, 16, 70, bias=False, ignore=False, dtype=torch.bfloat16)
+    x[7, 3] = bad
+    x.requires_grad_()
+    losses = lce(x, w.bfloat16(), y, reduction="none")
+    losses.sum().backward()
+    assert losses.isnan().nonzero().flatten().tolist() == [7]
+    assert x.grad.isnan().any(1).nonzero().flatten().tolist() == [7]
 
 
 def test_large_logits_do_not_overflow(implementation):
@@ -1035,15 +1124,17 @@ def test_peak_memory_of_8k_tokens_and_128k_words_is_a_twentieth_of_the_logits(d)
 # --- CPU ------------------------------------------------------------------------------------------------------------
 
 
-@needs_extension
-def test_probabilities_too_small_to_matter_are_zero_before_the_products():
+@ON_CPU
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_probabilities_too_small_to_matter_are_zero_before_the_products(implementation, bf16_units, dtype):
     """Products of numbers below the smallest normal one are several times slower."""
-    x, w = torch.zeros(40, 8), torch.zeros(300, 8)
-    x[:, 0], w[:, 0] = 1.0, -torch.arange(300.0)  # probabilities of e^0 to e^-299
+    x, w = torch.zeros(40, 8, dtype=dtype), torch.zeros(200, 8, dtype=dtype)
+    x[:, 0], w[:, 0] = 1.0, -torch.arange(200.0)  # probabilities of e^0 to e^-199
     w.requires_grad_()
     lce(x, w, torch.zeros(40, dtype=torch.int64), reduction="sum").backward()
-    grad = w.grad[:, 0]
-    torch.testing.assert_close(grad[1:69], 40 * w.detach()[:, 0].softmax(0)[1:69], rtol=1e-4, atol=0)
+    grad = w.grad[:, 0].float()
+    expected = 40 * w.detach().float()[:, 0].softmax(0)[1:69]
+    torch.testing.assert_close(grad[1:69], expected, rtol=1e-4 if dtype == torch.float32 else 1e-2, atol=0)
     assert (grad[71:] == 0).all()
 
 
