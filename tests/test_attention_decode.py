@@ -16,6 +16,7 @@ import numpy
 import pytest
 import torch
 from wikigpt.kernels import flash_attn_with_kvcache
+from wikigpt.kernels.attention import kvcache
 
 from tests.conftest import assert_as_accurate_as
 
@@ -232,6 +233,37 @@ def test_the_kernels_are_as_accurate_as_plain_pytorch_in_16_bits(feature, dtype)
 def test_the_cpu_is_as_accurate_as_plain_pytorch(feature):
     x = {n: t.cpu() if isinstance(t, torch.Tensor) else t for n, t in problem(seed=3, **FEATURES[feature]).items()}
     assert_accurate(x, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "feature",
+    [
+        {},
+        {"lengths": (37, 37), "causal": True},
+        {"G": 4, "N": 0, "S": 3},
+        {"G": 4, "S": 5, "N": 5},
+        {"leftpad": (30, 3)},
+        {"batch_idx": True},
+        {"rotary": 16},
+        {"G": 4, "softmax_scale": 0.7},
+        {"G": 1, "D": 80, "lengths": (0, 0)},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_cpu_computes_usual_problems_by_pytorchs_fused_attention(feature, dtype, monkeypatch):
+    """On the keys where they lie: masks, copies and blocks take 50 times its time where keys are few."""
+    x = {n: t.cpu() if isinstance(t, torch.Tensor) else t for n, t in problem(dtype, seed=3, **feature).items()}
+    plain, truth = run(x, "reference"), run(x, "reference", torch.float64)
+
+    def never(*_):
+        raise AssertionError("not by the fused attention")
+
+    monkeypatch.setattr(kvcache, "_plain", never)
+    for ours, simple, true in zip(run(x, "cpu"), plain, truth):
+        known = ~true.isnan()
+        assert torch.equal(ours.isnan(), true.isnan())
+        assert_as_accurate_as(ours[known], simple[known], true[known])
 
 
 def any_problem(seed):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .._autograd import call_in_place
 from .._checks import as_float, as_int, check_tensors, check_writable
-from .._dispatch import NAMESPACE, Implementation, checks_values, choose, imported, only_on, register, why_not_triton
+from .._dispatch import NAMESPACE, Implementation, checks_values, choose, imported, only_on, register, watched, why_not_triton
 from .functional import _float, _window, casting_to, changing, readable
 from .op import attention, changed
 from .reference import MAX_HEAD_DIM, Inputs
@@ -115,18 +115,25 @@ def _locate(x: CacheInputs, positions: Tensor) -> tuple[Tensor, Tensor]:
     return pages, positions % size
 
 
+def _rotated(x: CacheInputs, used: Tensor) -> tuple[Tensor, Tensor | None]:
+    """q and k turned by their angles, where sequences have `used` (B) keys already."""
+    if x.k is None or x.rotary_cos is None or x.rotary_sin is None:
+        return x.q, x.k
+    s, device = x.q.shape[1], x.q.device
+    new = used[:, None] + torch.arange(x.n_new, device=device)
+    k = rotate(x.k, x.rotary_cos, x.rotary_sin, new, x.rotary_interleaved)
+    rows = torch.arange(s, device=device) if x.advances else torch.zeros(s, dtype=torch.int64, device=device)
+    return rotate(x.q, x.rotary_cos, x.rotary_sin, used[:, None] + rows, x.rotary_interleaved), k
+
+
 def _plain(x: CacheInputs, implementation: str) -> tuple[Tensor, Tensor]:
     """(out, lse) with PyTorch's operators around `attention`; writes into the caches. Reads lengths back from the device."""
-    (batch, s), device = x.q.shape[:2], x.q.device
+    batch, device = x.q.shape[0], x.q.device
     lengths = torch.full((batch,), x.start, device=device) if x.cache_seqlens is None else x.cache_seqlens.long()
     active, used = lengths >= 0, lengths.clamp(min=0)
-    q, k = x.q, x.k
+    q, k = _rotated(x, used)
     if k is not None and x.v is not None:
         new = used[:, None] + torch.arange(x.n_new, device=device)
-        if x.rotary_cos is not None and x.rotary_sin is not None:
-            k = rotate(k, x.rotary_cos, x.rotary_sin, new, x.rotary_interleaved)
-            rows = torch.arange(s, device=device) if x.advances else torch.zeros(s, dtype=torch.int64, device=device)
-            q = rotate(q, x.rotary_cos, x.rotary_sin, used[:, None] + rows, x.rotary_interleaved)
         rows, positions = (place[active] for place in _locate(x, new))
         x.k_cache[rows, positions], x.v_cache[rows, positions] = k[active], x.v[active]
         used = (used + x.n_new).where(active, 0)
@@ -161,6 +168,51 @@ def _plain(x: CacheInputs, implementation: str) -> tuple[Tensor, Tensor]:
     out, lse_of = attention(problem, implementation)
     assert lse_of is not None
     return out, lse_of
+
+
+# --- PyTorch's fused attention on the CPU -------------------------------------------------------------------------------
+
+
+_ATTEND = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default  # F.scaled_dot_product_attention hides the lse
+
+
+def _fused(x: CacheInputs) -> tuple[Tensor, Tensor] | None:
+    """(out, lse), each sequence's keys as they lie in the cache, without a copy or a mask. None for what PyTorch's attention
+    does not have; nothing is written then."""
+    (batch, s, heads, dim), groups = x.q.shape, x.k_cache.shape[2]
+    has_not = x.block_table is not None or x.alibi_slopes is not None or x.s_aux is not None or x.softcap > 0
+    windowed = x.window_left >= 0 or x.window_right > 0 or (x.window_right == 0 and s > 1)
+    if has_not or windowed or x.softmax_scale == 0 or dim != x.v_cache.shape[3] or (heads != groups and s > 1):
+        return None
+    if x.q.numel() == 0 or x.q.stride(3) != 1 or x.k_cache.stride(3) != 1 or x.v_cache.stride(3) != 1:
+        return None
+    lengths = [x.start] * batch if x.cache_seqlens is None else x.cache_seqlens.tolist()
+    first = [0] * batch if x.cache_leftpad is None else x.cache_leftpad.tolist()
+    if any(n < 0 or begin >= n + x.n_new for n, begin in zip(lengths, first)):
+        return None
+    q, k = x.q, x.k
+    if x.rotary_cos is not None:
+        q, k = _rotated(x, torch.tensor(lengths))
+    # The query heads that share keys are queries of one head.
+    q = q.transpose(1, 2) if s > 1 else q.reshape(batch, groups, heads // groups, dim)  # (B, G, queries, D)
+    # One call for all sequences where they lie alike, else one for each.
+    if x.cache_batch_idx is None and len(set(lengths)) == len(set(first)) == 1:
+        parts = [(slice(batch), slice(batch))]
+    else:
+        rows = range(batch) if x.cache_batch_idx is None else x.cache_batch_idx.tolist()
+        parts = [(slice(i, i + 1), slice(row, row + 1)) for i, row in enumerate(rows)]
+    if k is not None and x.v is not None:  # all of them first: sequences may share a row of the cache
+        for here, there in parts:
+            end = lengths[here.start or 0]
+            x.k_cache[there, end : end + x.n_new].copy_(k[here])
+            x.v_cache[there, end : end + x.n_new].copy_(x.v[here])
+    found = []
+    for here, there in parts:
+        begin, end = first[here.start or 0], lengths[here.start or 0] + x.n_new
+        keys, values = (cache[there, begin:end].transpose(1, 2) for cache in (x.k_cache, x.v_cache))
+        found.append(_ATTEND(q[here], keys, values, scale=x.softmax_scale))
+    out, lse = found[0] if len(found) == 1 else (torch.cat(part) for part in zip(*found))
+    return out.transpose(1, 2) if s > 1 else out.reshape(batch, s, heads, dim), lse.reshape(batch, heads, s)
 
 
 # --- registered op --------------------------------------------------------------------------------------------------
@@ -198,7 +250,15 @@ def _flash_attn_with_kvcache(
     if changing is not None:
         softmax_scale, softcap = changed(changing)
         x = replace(x, softmax_scale=softmax_scale, softcap=softcap)
-    if implementation != "triton" or q.dtype == torch.float64:
+    return _on_cpu(x) if implementation == "cpu" else _computed(x, implementation)
+
+
+def _on_cpu(x: CacheInputs) -> tuple[Tensor, Tensor]:
+    return _fused(x) or _plain(x, "cpu")
+
+
+def _computed(x: CacheInputs, implementation: str) -> tuple[Tensor, Tensor]:
+    if implementation != "triton" or x.q.dtype == torch.float64:
         return _plain(x, "reference" if implementation == "triton" else implementation)
     out, lse = imported(".decode", __package__).forward(x)
     return out, lse
@@ -213,6 +273,9 @@ def _implementation(name: str) -> Any:
     def function(x: CacheInputs) -> tuple[Tensor, Tensor]:
         if x.changing is not None:
             x = replace(x, softmax_scale=1.0, softcap=0.0)
+        # For a few keys the registered op would take several times the time of what it computes.
+        if name == "cpu" and not watched(x.q, x.k_cache, x.v_cache, x.k, x.v, x.cache_seqlens):
+            return _on_cpu(x)
         fields = [getattr(x, field) for field in _NAMES]
         out, lse = call_in_place(_flash_attn_with_kvcache, (x.k_cache, x.v_cache), *fields, name)
         return out, lse
