@@ -4,6 +4,7 @@ the place of a real one: all that a GPU would run is run up to the launch, and c
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import textwrap
 
@@ -26,8 +27,9 @@ def width() -> int:
 
 
 def in_lines(text: str) -> str:
-    """A line for people, which begins with "| ", no wider than that; "SDPA flash 0.97x" stays in one piece."""
-    kept = "; ".join(part.replace(" ", "\N{NO-BREAK SPACE}") if len(part) < 60 else part for part in text.split("; "))
+    """A line for people, which begins with "| ", no wider than that; what stands between ":" and ";" stays in one piece."""
+    pieces = re.split(r"(?<=[:;]) ", text)
+    kept = " ".join(piece.replace(" ", "\N{NO-BREAK SPACE}") if len(piece) < 60 else piece for piece in pieces)
     lines = textwrap.fill(kept, width(), initial_indent="| ", subsequent_indent="|   ", break_on_hyphens=False)
     return lines.replace("\N{NO-BREAK SPACE}", " ")
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
@@ -132,13 +133,13 @@ def _save(path: Path, title: str, caption: str, make: Make) -> Path:
 
 
 def _wrapped(text: str, width: int) -> str:
-    return "\n".join(textwrap.wrap(text, width))
+    """Lines that break behind commas, wherever a part between two fits a line."""
+    kept = ", ".join(part.replace(" ", "\N{NO-BREAK SPACE}") if len(part) < width else part for part in text.split(", "))
+    return textwrap.fill(kept, width).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)  # type: ignore[union-attr]
-    return figure
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06))
 
 
 def _count(value: float, _: object = None) -> str:
@@ -271,7 +272,7 @@ def bars(rows: Rows, value: Value, label: str) -> Make:
             axis.xaxis.set_major_locator(MaxNLocator(6))
             axis.xaxis.set_major_formatter(_count)
             axis.grid(axis="y", visible=False)
-            axis.set_title(textwrap.fill(title, room), loc="left")
+            axis.set_title(_wrapped(title, room), loc="left")
         axes[-1].set_xlabel(label)
         return figure
 

@@ -589,7 +589,10 @@ def run(op: str, first: int, draw: Callable[[], Draw], journal: records.Journal 
         right &= ok
         said = "ok" if ok else f"FAIL: {'; '.join(verdict.wrong)}; --seed {numbers.seed}"
         at = f"{op}, small" if args.sizes == "smoke" else op
-        print(in_lines(f"{at}: {case.text}: {verdict}{': ' if str(verdict) else ''}{said} ({seconds:.1f} s)"), flush=True)
+        print(
+            in_lines(f"{at}: {case.text}: {verdict}{': ' if str(verdict) else ''}{said} ({seconds:.1f}\N{NO-BREAK SPACE}s)"),
+            flush=True,
+        )
         if journal is not None:
             entry = {"group": op, "name": case.text, "ok": ok, "errors": verdict.errors, "seed": numbers.seed}
             entry["seconds"] = round(seconds, 2)

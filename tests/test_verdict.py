@@ -70,6 +70,7 @@ def run(monkeypatch, tmp_path: Path, *cases: Case) -> tuple[bool, list[dict]]:
 
 def test_a_case_that_raises_is_wrong_and_the_next_one_is_heard(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("COLUMNS", "100")  # in a narrower terminal lines wrap
+
     def fails(draw: Draw):
         raise RuntimeError("ptxas was not found\nand more")
 
