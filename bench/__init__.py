@@ -21,6 +21,9 @@ def device_is_lost(error: object) -> bool:
     return any(word in str(error) for word in _LOST)
 
 
+NO_BREAK = "\N{NO-BREAK SPACE}"  # a space at which no line is to break
+
+
 def width() -> int:
     """Of what is printed: that of the terminal, and at most 100."""
     return max(40, min(100, shutil.get_terminal_size((100, 24)).columns))
@@ -29,9 +32,9 @@ def width() -> int:
 def in_lines(text: str) -> str:
     """A line for people, which begins with "| ", no wider than that; what stands between ":" and ";" stays in one piece."""
     pieces = re.split(r"(?<=[:;]) ", text)
-    kept = " ".join(piece.replace(" ", "\N{NO-BREAK SPACE}") if len(piece) < 60 else piece for piece in pieces)
+    kept = " ".join(piece.replace(" ", NO_BREAK) if len(piece) < 60 else piece for piece in pieces)
     lines = textwrap.fill(kept, width(), initial_indent="| ", subsequent_indent="|   ", break_on_hyphens=False)
-    return lines.replace("\N{NO-BREAK SPACE}", " ")
+    return lines.replace(NO_BREAK, " ")
 
 
 FAKE = bool(os.environ.get("WIKIGPT_FAKE_GPU"))

@@ -22,6 +22,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from . import NO_BREAK
+
 if TYPE_CHECKING:
     from .records import Record
     from .report import Machine
@@ -134,8 +136,8 @@ def _save(path: Path, title: str, caption: str, make: Make) -> Path:
 
 def _wrapped(text: str, width: int) -> str:
     """Lines that break behind commas, wherever a part between two fits a line."""
-    kept = ", ".join(part.replace(" ", "\N{NO-BREAK SPACE}") if len(part) < width else part for part in text.split(", "))
-    return textwrap.fill(kept, width).replace("\N{NO-BREAK SPACE}", " ")
+    kept = ", ".join(part.replace(" ", NO_BREAK) if len(part) < width else part for part in text.split(", "))
+    return textwrap.fill(kept, width).replace(NO_BREAK, " ")
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from . import width
+from . import NO_BREAK, width
 from .suite import Report, Row, ours
 
 SMOKE = "smoke sizes: not worth quoting"
@@ -70,8 +70,9 @@ def standings(medians: Iterable[tuple[str, str, str, float]]) -> list[Standing]:
     ]
 
 
-def milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.4g}"
+def milliseconds(seconds: float, digits: int = 4) -> str:
+    """Rounded to so many digits, or to a whole number where it has more."""
+    return f"{seconds * 1e3:.{digits}g}" if seconds * 1e3 < 10**digits else f"{seconds * 1e3:.0f}"
 
 
 def print_tables(report: Report, device: str, verbose: bool = False) -> None:
@@ -97,7 +98,8 @@ def _title(console: Console, text: str) -> None:
 
 
 def _paragraph(console: Console, text: str, indent: str = "", style: str | None = None) -> None:
-    console.print(textwrap.fill(text, console.width, initial_indent=indent, subsequent_indent=f"{indent}  "), style=style)
+    lines = textwrap.fill(text, console.width, initial_indent=indent, subsequent_indent=f"{indent}  ", break_on_hyphens=False)
+    console.print(lines.replace(NO_BREAK, " "), style=style)
 
 
 # --- every row ----------------------------------------------------------------------------------------------------------
@@ -152,10 +154,10 @@ def _print_rows(console: Console, rows: list[Row], title: str, smoke: bool) -> N
 
 def _print_left_out(console: Console, report: Report) -> None:
     """Why there are fewer rows than implementations, a line for each reason."""
-    lines = [
-        f"{reason}: {'; '.join(sorted({name for names in tests.values() for name in names}, key=str.lower))}"
-        for reason, tests in report.missing.items()
-    ]
+    lines = []
+    for reason, tests in report.missing.items():
+        names = sorted({name for of_test in tests.values() for name in of_test}, key=str.lower)
+        lines.append(f"{reason}: {'; '.join(name.replace(' ', NO_BREAK) for name in names)}")
     unable: dict[tuple[str, str], int] = {}
     for row in report.rows:
         if row.cannot is not None:
@@ -182,9 +184,11 @@ def _print_counts(console: Console, report: Report, device: str) -> None:
         wrong = sum(row.wrong is not None for row in rows)
         right = sum(row.wrong is None and row.cannot is None for row in rows)
         times = sorted(row.samples.median for row in rows if row.name == "ours" and row.samples)
-        took = " to ".join(dict.fromkeys(f"{seconds * 1e3:.2g}" for seconds in (times[:1] + times[-1:])))
+        took = " to ".join(dict.fromkeys(milliseconds(seconds, 2) for seconds in (times[:1] + times[-1:])))
         line = f"{file.ljust(room)}{len({row.group for row in rows}):8}{right:8}{wrong:8}   {took}"
         console.print(line.rstrip(), style="bold red" if wrong else None)
+    if report.sizes == "smoke":
+        _paragraph(console, "--sizes default measures what is worth quoting; -v shows every row.")
 
 
 def _print_standings(console: Console, found: list[Standing], device: str) -> None:

@@ -46,7 +46,7 @@ from wikigpt.kernels._dispatch import extension_lacks
 
 from wikigpt import kernels
 
-from . import FAKE, device_is_lost, in_lines, records
+from . import FAKE, NO_BREAK, device_is_lost, in_lines, records
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 Results = dict[str, Tensor]
@@ -590,7 +590,7 @@ def run(op: str, first: int, draw: Callable[[], Draw], journal: records.Journal 
         said = "ok" if ok else f"FAIL: {'; '.join(verdict.wrong)}; --seed {numbers.seed}"
         at = f"{op}, small" if args.sizes == "smoke" else op
         print(
-            in_lines(f"{at}: {case.text}: {verdict}{': ' if str(verdict) else ''}{said} ({seconds:.1f}\N{NO-BREAK SPACE}s)"),
+            in_lines(f"{at}: {case.text}: {verdict}{': ' if str(verdict) else ''}{said} ({seconds:.1f}{NO_BREAK}s)"),
             flush=True,
         )
         if journal is not None:

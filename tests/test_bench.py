@@ -245,6 +245,14 @@ def test_smoke_sizes_give_no_ratios_and_say_that_they_are_not_worth_quoting(caps
     )
 
 
+def test_times_are_numbers_without_exponents(capsys, monkeypatch):
+    report = a_report("smoke")
+    report.rows[0].samples = Samples([0.1412] * 5)
+    report.rows[3].samples = Samples([12.3456] * 5)
+    (line,) = [line for line in printed(report, capsys, monkeypatch) if line.startswith("training ")]
+    assert line.endswith("141 to 12346")
+
+
 def test_what_is_wrong_is_said_last(capsys, monkeypatch):
     for sizes in ("default", "smoke"):
         report = a_report(sizes)

@@ -206,6 +206,15 @@ def test_a_part_that_lost_its_device_goes_on_in_a_new_process_and_has_failed(jou
     assert known(journal)["ops/a"]["complete"], "it came to its end in the second process"
 
 
+def test_with_again_too_a_part_that_lost_its_device_leaves_out_what_it_was_at(journal, log):
+    code = f"import sys; sys.exit(0 if '--skip-finished' in sys.argv else {LOST_DEVICE})"
+    begin = time.monotonic()
+    of_pytest = Part("ops/a", 30, [sys.executable, "-c", code, "pytest"])
+    assert run_all([[of_pytest]], journal, log, "c0", 1) == (["ops/a"], [])
+    assert known(journal)["ops/a"]["passed"]
+    assert time.monotonic() - begin < 20, "it did not try for ever"
+
+
 def test_what_is_compiled_beforehand_is_not_tried_twice(journal, log):
     stages = [[part(gpu_check.WARM, "import time; time.sleep(30)", limit=1)]]
     run_all(stages, journal, log, "c0", 1)
