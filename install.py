@@ -113,4 +113,7 @@ def main(extra: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    try:
+        main(sys.argv[1])
+    except KeyboardInterrupt:
+        stop("interrupted; the same make command goes on from here")
