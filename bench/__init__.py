@@ -32,7 +32,7 @@ def width() -> int:
 def in_lines(text: str) -> str:
     """A line for people, which begins with "| ", no wider than that; what stands between ":" and ";" stays in one piece."""
     pieces = re.split(r"(?<=[:;]) ", text)
-    kept = " ".join(piece.replace(" ", NO_BREAK) if len(piece) < 60 else piece for piece in pieces)
+    kept = " ".join(piece.replace(" ", NO_BREAK) if len(piece) < 45 else piece for piece in pieces)
     lines = textwrap.fill(kept, width(), initial_indent="| ", subsequent_indent="|   ", break_on_hyphens=False)
     return lines.replace(NO_BREAK, " ")
 
