@@ -32,14 +32,14 @@ help:
 
 setup: $(READY)
 
-$(TRAIN_READY): pyproject.toml setup.py install.py constraints.txt $(wildcard csrc/*)
+$(TRAIN_READY): pyproject.toml setup.py .ci/install.py constraints.txt $(wildcard csrc/*)
 	@$(PYTHON) -c "import sys; sys.exit('error: Python 3.10 or newer is needed: make PYTHON=python3.12' * (sys.version_info < (3, 10)) or 0)"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python install.py train
+	@$(BIN)/python .ci/install.py train
 	@touch $@
 
 $(READY): $(TRAIN_READY)
-	@$(BIN)/python install.py dev
+	@$(BIN)/python .ci/install.py dev
 	@touch $@
 
 train: $(TRAIN_READY)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-specification = importlib.util.spec_from_file_location("wikigpt_install", ROOT / "install.py")
+specification = importlib.util.spec_from_file_location("wikigpt_install", ROOT / ".ci" / "install.py")
 install = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(install)
 
@@ -116,8 +116,9 @@ def test_a_pip_that_fails_ends_in_one_line(machine, capsys):
 @pytest.fixture
 def tree(tmp_path):
     """The Makefile with a python that notes what it is called with."""
-    for name in ("Makefile", "pyproject.toml", "setup.py", "install.py", "constraints.txt"):
-        shutil.copy(ROOT / name, tmp_path)
+    for name in ("Makefile", "pyproject.toml", "setup.py", ".ci/install.py", "constraints.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
     log = tmp_path / "log"
     stub = f'#!/bin/sh\necho "$(basename "$0") $@ TORCH=$TORCH" >> {log}\n'
     (tmp_path / "tool").write_text(stub)
@@ -140,11 +141,11 @@ def tree(tmp_path):
 def test_each_target_installs_what_it_needs_and_later_calls_start_at_once(tree):
     assert tree("train", "TORCH=cuda", "ARGS=train.steps=3") == [
         "python -m venv .venv TORCH=cuda",
-        "python install.py train TORCH=cuda",
+        "python .ci/install.py train TORCH=cuda",
         "wikigpt train --preset quick train.steps=3 TORCH=cuda",
     ]
     assert tree("train") == ["wikigpt train --preset quick TORCH="]
     first, second = tree("test", "WORKERS=2")
-    assert first == "python install.py dev TORCH="
+    assert first == "python .ci/install.py dev TORCH="
     assert second.startswith("python -m pytest -n 2")
     assert tree("setup") == []

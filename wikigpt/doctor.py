@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import __version__, kernels
+from . import __version__, kernels, threads
 from .kernels import _dispatch
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def report(device_type: str | None = None) -> list[str]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return [
         f"wikigpt {__version__}, Python {platform.python_version()}, torch {torch.__version__}, GPU: {gpu}",
-        f"CPU threads: {torch.get_num_threads()}",  # MERGE: wikigpt.threads.describe() takes the place of this line
+        f"CPU threads: {threads.describe()}",
         *_extension(),
         *_ops(device_type),
     ]

@@ -1,7 +1,7 @@
 """Fills .venv; `make` calls it with the python of .venv. The standard library is all that it needs.
 
-    .venv/bin/python install.py train     torch, wikigpt with its extension, and what training needs
-    .venv/bin/python install.py dev       after that: tests, linters, the packages that tests compare with
+    .venv/bin/python .ci/install.py train     torch, wikigpt with its extension, and what training needs
+    .venv/bin/python .ci/install.py dev       after that: tests, linters, the packages that tests compare with
 
 Environment (`make TORCH=cuda train`):
   TORCH         cpu: PyTorch's build for processors; cuda: the one that pip finds by itself, on Linux with CUDA.
@@ -21,7 +21,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # Megabytes to download and on disk, of the pinned set on Linux (x86-64, Python 3.11).
 SIZES = {"cpu": (190, 760), "train": (140, 630), "dev": (240, 980)}
