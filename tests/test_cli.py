@@ -1,6 +1,5 @@
 """The command line as a person meets it: what works, and one line with exit status 2 for what cannot."""
 
-import inspect
 import json
 import os
 import re
@@ -13,10 +12,10 @@ from typer.testing import CliRunner
 
 from tests.forked import run_module
 from wikigpt import __version__, checkpoint, cli, config, kernels
+from wikigpt.config import settings
 from wikigpt.data import WordTokenizer
 from wikigpt.errors import UserError
 from wikigpt.model import GPT, GPTConfig
-from wikigpt.settings_help import settings
 
 SENTENCE = "the cat sat on the mat and the dog sat on the log"
 
@@ -183,17 +182,15 @@ def test_config_show_prints_what_train_would_run_with(place):
 
 
 def test_config_show_takes_the_preset_that_train_takes(place):
-    [preset] = [p for p in cli.app.registered_commands if p.callback is cli.train]
-    default = inspect.signature(preset.callback).parameters["preset"].default.default
     shown = wikigpt("config", "show", "lr=0.5", cwd=place).stdout
-    assert shown == config.dump(config.resolve(default, None, ["lr=0.5"]))
+    assert shown == config.dump(config.resolve(cli.DEFAULT_PRESET, None, ["lr=0.5"]))
 
 
 @pytest.mark.parametrize("arguments", [["config", "keys"], ["train", "--help"]], ids=" ".join)
 def test_every_setting_is_listed(place, arguments):
     shown = wikigpt(*arguments, cwd=place).stdout
     for setting in settings():
-        assert re.search(rf"^ ?{setting.group}\.{setting.key}=", shown, re.MULTILINE)
+        assert re.search(rf"^ ?{setting.group}\.{setting.name}=", shown, re.MULTILINE)
     assert max(map(len, shown.splitlines())) <= 80
 
 

@@ -9,6 +9,7 @@ import sys
 
 from . import threads
 from .errors import UserError
+from .output import shortened
 
 # What the extra "train" of pyproject.toml brings, by the names that are imported.
 TRAIN = (
@@ -45,6 +46,8 @@ def explain(error: BaseException) -> str | None:
         return f"{where} is out of memory{f', no {asked[1]} were free' if asked else ''}: {way}"
     if isinstance(error, OSError) and error.errno in MACHINE:
         return f"cannot write {error.filename or 'the output'}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG and error.filename is not None:
+        return f"{shortened(error.filename)}: {error.strerror}"
     return None
 
 

@@ -180,7 +180,7 @@ def train(
     overrides: list[str] = typer.Argument(
         None, metavar="[KEY=VALUE]...", help="any setting, for example train.lr=3e-4 model.n_layer=6"
     ),
-    preset: str | None = typer.Option(None, help="quick, cpu-small (default), wikitext-2 or gpt2-small"),
+    preset: str | None = typer.Option(None, help=f"see wikigpt presets; default: {DEFAULT_PRESET}"),
     config: Path | None = typer.Option(None, help="YAML or TOML file with settings, on top of the preset"),
     out: Path | None = typer.Option(None, help="run directory; default runs/PRESET-DATE-TIME"),
     resume: bool = typer.Option(False, help="go on with the run in --out, exactly where it stopped"),
@@ -213,7 +213,7 @@ def train(
         raise UserError("--resume needs --out RUN_DIRECTORY")
     if resume and preset is not None:
         raise UserError(f"--preset {preset}: the run in {out} has its settings; leave it out beside --resume")
-    preset = preset or "cpu-small"
+    preset = preset or DEFAULT_PRESET
     settings = None if resume else resolve(preset, config, changes)
     out = out or RUNS / f"{preset}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     first = os.environ.get("RANK", "0") == "0"

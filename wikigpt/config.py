@@ -19,8 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
-from .data.sources import decode
-from .data.tokenizers import KINDS, SMALLEST
 from .errors import UserError, integer
 
 POSITIONS = ("learned", "rotary", "alibi")
@@ -48,6 +46,8 @@ class DataConfig:
             raise ValueError("dataset: got nothing, must be a name or a path")
         if self.data_dir is not None and not str(self.data_dir):
             raise ValueError("data_dir: got nothing, must be a folder; leave it out for WIKIGPT_DATA_DIR or the Hub")
+        from .data.tokenizers import KINDS, SMALLEST  # with numpy, which a help page can do without
+
         _words(self, tokenizer=KINDS)
         _integers(self, "vocab_size", SMALLEST[self.tokenizer])
         if self.tokenizer == "byte" and self.vocab_size not in (None, 257):
@@ -376,6 +376,8 @@ def _read(file: str | Path) -> dict[str, Any]:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the configuration {file}: {error.strerror}") from None
+    from .data.sources import decode
+
     return _parse(decode(content, file), str(file))
 
 
