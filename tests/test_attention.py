@@ -1008,3 +1008,38 @@ def test_pytorchs_fused_attention_takes_flash_attentions_alignment(s, t, alibi, 
 def test_pytorchs_backend_names_what_it_does_not_cover(features, missing):
     with pytest.raises(ValueError, match=f"'torch' was asked for, and PyTorch's own attention does not cover {missing}"):
         attention(build(Case(features)), "torch", need_lse=False)
+
+
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("keys", [40, 300])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_training_on_few_keys_in_bf16_is_computed_in_float32_on_a_cpu_without_amx(monkeypatch, amx, keys, autocast):
+    """PyTorch's backward in bf16 takes up to 2.4 times as long there."""
+    monkeypatch.setattr(functional, "AMX", amx)
+    seen = []
+
+    def look(query, *rest):
+        seen.append((query.dtype, torch.is_autocast_enabled("cpu")))
+        return torch_attention(query, *rest)
+
+    torch_attention = functional._torch
+    monkeypatch.setattr(functional, "_torch", look)
+    gen = torch.Generator().manual_seed(0)
+    q, k, v, up = (torch.randn(2, 3, keys, 16, generator=gen).bfloat16() for _ in range(4))
+
+    def run(function, dtype):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (q, k, v)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.bfloat16):
+            out = function(*leaves, is_causal=True)
+        return [out, *torch.autograd.grad(out, leaves, up.to(dtype))]
+
+    ours, plain = (run(f, torch.bfloat16) for f in (scaled_dot_product_attention, F.scaled_dot_product_attention))
+    truth = run(F.scaled_dot_product_attention, torch.float64)
+    wide = keys == 40 and not amx
+    assert seen == [(torch.float32, False) if wide else (torch.bfloat16, autocast)]
+    for o, p, t in zip(ours, plain, truth):
+        assert o.dtype == torch.bfloat16
+        assert_as_accurate_as(o, p, t)
+    with torch.no_grad():
+        scaled_dot_product_attention(q, k, v)
+    assert seen[-1][0] == torch.bfloat16
