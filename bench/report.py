@@ -257,6 +257,27 @@ GOALS: list[tuple[str, str, str, Callable[[Machine], str]]] = [
 ]  # fmt: skip
 
 
+def _against(op: str, peer: str) -> Callable[[Machine], str]:
+    return _of(lambda row: row["op"] == op, lambda rows: mean_and_worst(ratios(rows, (peer,))))
+
+
+CPU_GOALS: list[tuple[str, str, str, Callable[[Machine], str]]] = [
+    *((f"training step, {precision}", against, goal, _against(f"training step, {precision}", peer))
+      for precision in ("fp32", "bf16")
+      for peer, against, goal in (
+          ("plain PyTorch, compiled", "plain PyTorch: SDPA, torch.compile, fused AdamW", "1.3x"),
+          ("plain PyTorch", "plain PyTorch, eager", "2.0x"))),
+    ("generation, batch 1 and 8", "transformers' generate", "1.5x", _against("generation", "transformers")),
+]  # fmt: skip
+
+
+def cpu_goals(found: Sequence[Machine]) -> str:
+    """Every goal on a CPU, a column for each that has been measured."""
+    measured = [machine for machine in found if not machine.gpu and machine.rows]
+    body = [(what, against, goal, *(figure(machine) for machine in measured)) for what, against, goal, figure in CPU_GOALS]
+    return table(("", "measured against", "goal", *(machine.title for machine in measured)), body, left=3 + len(measured))
+
+
 def goals(found: Sequence[Machine]) -> str:
     """Every goal on each H100 and H200 that has run."""
     columns = [machine for name in ("H100", "H200") for machine in found if machine.gpu and name in machine.title]
@@ -525,6 +546,7 @@ def page(found: Sequence[Machine], out: Path) -> str:
         for machine in measured:
             lines += [f"### On {machine.title}", summary(machine.rows)]
     lines += ["## Goals on a GPU", "bf16, the peers in the same run; geometric mean and worst shape.", goals(found)]
+    lines += ["## Goals on a CPU", "Peers in the same run, in turns; geometric mean and worst shape.", cpu_goals(found)]
     if not any(machine.gpu for machine in found):
         lines.append(
             "No GPU has run this yet. What is known without one (registers, spills, shared memory, instructions, the floor in "

@@ -151,7 +151,7 @@ def _rows_cpu(
     rows = torch.where(valid, loss, 0.0), lse, *of_logits
     if up is None:
         return rows
-    F.threshold(z, _LEAST_PROBABILITY, 0.0, inplace=True)
+    torch.threshold_(z, _LEAST_PROBABILITY, 0.0)
     up = torch.where(valid, up, 0.0)
     of_softmax, at_target = up * (1 + 2 * z_loss * lse), (label_smoothing - 1) * up
     if of_lse is not None and of_target is not None:

@@ -167,6 +167,22 @@ def test_every_plot_says_on_what_it_was_measured(results, tmp_path):
     assert drawn["Peak memory of the loss"] is None
 
 
+def test_every_goal_of_a_cpus_training_step_names_the_compiled_peer(results, tmp_path):
+    rates = {"ours": 1300.0, "plain PyTorch, compiled": 1000.0, "plain PyTorch": 500.0}
+    shape = "4 layers x 128, 8 x 256 tokens"
+    steps = [row("training step, bf16", shape, name, 1 / rate, tokens_per_second=rate) for name, rate in rates.items()]
+    write(results / "cpu", "training", training={"rows": steps, "machine": {"device": "cpu", "cpu": "A CPU", "versions": {}}})
+    report.main(["--results", str(results), "--out", str(tmp_path / "docs")])
+    text = (tmp_path / "docs" / "benchmarks.md").read_text().split("## Goals on a CPU")[1]
+    table = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if line.startswith("|")]
+    assert table[0][-1] == "A CPU"
+    lines = {tuple(cells[:3]): cells[-1] for cells in table if len(cells) == 4}
+    compiled = "plain PyTorch: SDPA, torch.compile, fused AdamW"
+    assert lines["training step, bf16", compiled, "1.3x"] == "1.30x, worst 1.30x"
+    assert lines["training step, bf16", "plain PyTorch, eager", "2.0x"] == "2.60x, worst 2.60x"
+    assert lines["training step, fp32", compiled, "1.3x"] == "not measured"
+
+
 def test_no_results_give_a_page_of_goals(tmp_path):
     (tmp_path / "none").mkdir()
     report.main(["--results", str(tmp_path / "none"), "--out", str(tmp_path / "docs")])
