@@ -180,7 +180,7 @@ def test_every_goal_of_a_cpus_training_step_names_the_compiled_peer(results, tmp
     compiled = "plain PyTorch: SDPA, torch.compile, fused AdamW"
     assert lines["training step, bf16", compiled, "1.3x"] == "1.30x, worst 1.30x"
     assert lines["training step, bf16", "plain PyTorch, eager", "2.0x"] == "2.60x, worst 2.60x"
-    assert lines["training step, fp32", compiled, "1.3x"] == "not measured"
+    assert lines["training step, fp32", compiled, "1.3x"] == report.NOT_MEASURED
 
 
 def test_no_results_give_a_page_of_goals(tmp_path):
