@@ -324,8 +324,8 @@ MOMENTS = {
     "in the first step": 1,
     "in a validation": ("validation", 6),
     "in the last validation": ("validation", 12),
-    "in the final validation": ("valid", 12),
-    "in the test": ("test", 12),
+    "in the final validation": ("final validation", 12),
+    "in the test": ("final test", 12),
 }
 
 
@@ -390,6 +390,103 @@ def test_a_run_that_fails_in_its_first_step_leaves_nothing_and_the_run_that_it_w
     assert not (tmp_path / "new").exists()
 
 
+def test_a_run_that_is_to_be_replaced_stays_until_the_new_one_is_on_the_disk(text, tmp_path, monkeypatch):
+    make_trainer(text, tmp_path, "steps=2").run()
+    before = {name: (tmp_path / name).read_bytes() for name in ("last.pth", "wiki-gpt.pth")}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with owned(tmp_path, overwrite=True), monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="No space left on device; the file that was there before is unharmed"):
+            make_trainer(text, tmp_path, "seed=1").run()
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    # Killed between the new last.pth and the removal of the rest: what is left is not taken for the new run's.
+    with owned(tmp_path, overwrite=True), monkeypatch.context() as patch:
+        patch.setattr("wikigpt.train.trainer.clear", lambda directory: exit(9))
+        with pytest.raises(SystemExit):
+            make_trainer(text, tmp_path, "seed=1").run()
+    resumed = make_trainer(text, tmp_path, "seed=1", resume=True)
+    assert (resumed.step, resumed.best_step) == (1, None)
+    assert not (tmp_path / "wiki-gpt.pth").exists()
+    assert resumed.run().steps == 12
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "log.jsonl", "loss.png", "tensorboard/notes.txt", ".mine.tmp"])
+def test_files_of_others_in_the_directory_are_neither_replaced_nor_removed_unasked(text, tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    if name != ".mine.tmp":
+        with pytest.raises(UserError, match=f"holds {name.split('/')[0]} already"), owned(tmp_path):
+            pass
+    with owned(tmp_path, overwrite=name != ".mine.tmp"):
+        make_trainer(text, tmp_path, "steps=1", "tensorboard=true").run()
+    if name in ("tensorboard/notes.txt", ".mine.tmp"):
+        assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("gone", [BrokenPipeError, SystemExit])
+def test_a_reader_of_the_output_who_has_gone_stops_the_run_where_nothing_is_lost(text, tmp_path, gone):
+    def on_step(step, steps, figures):
+        if step >= 5:
+            raise gone
+
+    with pytest.raises(gone):
+        make_trainer(text, tmp_path, "save_interval=100").run(on_step)
+    assert checkpoint.load(tmp_path / "last.pth")["step"] == 5
+    assert make_trainer(text, tmp_path, resume=True).run().steps == 12
+
+
+def test_weights_that_give_no_finite_loss_are_not_saved(text, tmp_path):
+    trainer = make_trainer(text, tmp_path / "a", "steps=50", "save_interval=1")
+
+    def spoil(step, steps, figures):
+        if step == 5:
+            with torch.no_grad():
+                trainer.model.wte.weight.mul_(float("inf"))
+
+    with pytest.raises(UserError, match="the loss is nan at step 5; the last good checkpoint is"):
+        trainer.run(spoil)
+    assert checkpoint.load(tmp_path / "a" / "last.pth")["step"] == 4
+    with pytest.raises(UserError, match="no checkpoint had been written yet"):
+        make_trainer(text, tmp_path / "b", "steps=1", "lr=1e30", "warmup_steps=0").run()
+    assert not list((tmp_path / "b").iterdir())
+
+
+def test_a_name_that_matplotlib_cannot_draw_costs_no_figures(text, tmp_path):
+    result = make_trainer(text, tmp_path / r"lr$\frac$", "steps=1").run()
+    assert result.final
+    assert (tmp_path / r"lr$\frac$" / "loss.png").exists()
+
+
+def test_a_closed_terminal_saves(text, tmp_path):
+    def on_step(step, steps, figures):
+        if step == 3:
+            signal.raise_signal(signal.SIGHUP)
+
+    assert make_trainer(text, tmp_path).run(on_step).interrupted
+    assert checkpoint.load(tmp_path / "last.pth")["step"] == 3
+
+
+def test_the_figures_in_the_end_are_those_of_evaluate_in_bf16_too(text, tmp_path):
+    trainer = make_trainer(text, tmp_path, "precision=bf16", "steps=6")
+    result = trainer.run()
+    kept = checkpoint.load_model(tmp_path)
+    for split in ("valid", "test"):
+        tokens = trainer.task.dataset.tokens[split]
+        stats = trainer.task.dataset.stats[split]
+        assert result.final[split] == perplexity(kept.model, tokens, kept.tokenizer.first_id, stats=stats)
+
+
+def test_a_damaged_wiki_gpt_does_not_stop_a_resume(text, tmp_path):
+    make_trainer(text, tmp_path, "steps=2").run()
+    (tmp_path / "wiki-gpt.pth").write_bytes(b"damaged")
+    trainer = make_trainer(text, tmp_path, "steps=4", resume=True)
+    assert "the next validation replaces it" in trainer.lines[-1]
+    assert trainer.run().best_step == 4
+
+
 def test_a_run_directory_belongs_to_one_process(text, tmp_path):
     code = f"""
 import sys, time
@@ -411,7 +508,7 @@ with owned({str(tmp_path / "run")!r}):
     (tmp_path / "run" / ".last.pth.123.tmp").write_bytes(b"half of a checkpoint")  # as kill -9 during a save leaves it
     with owned(tmp_path / "run"):
         assert not list((tmp_path / "run").glob("*.tmp"))
-    assert not (tmp_path / "run" / ".lock").exists()
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_resuming_and_overwriting_exclude_each_other(tmp_path):
@@ -422,13 +519,22 @@ def test_resuming_and_overwriting_exclude_each_other(tmp_path):
 @pytest.mark.parametrize(
     ("change", "name"),
     [("n_embd=64", "model.n_embd"), ("context_length=16", "model.context_length"), ("optimizer=muon", "train.optimizer"),
-     ("seed=7", "train.seed"), ("batch_size=2", "train.batch_size"), ("ema_decay=0.9", "train.ema_decay"),
+     ("seed=7", "train.seed"), ("ema_decay=0.9", "train.ema_decay"),
      ("eval_tokens=64", "train.eval_tokens"), ("tokenizer=byte", "data.tokenizer")],
 )  # fmt: skip
 def test_resuming_with_settings_of_another_run_is_refused_by_name(text, tmp_path, change, name):
     make_trainer(text, tmp_path, "steps=1").run()
     with pytest.raises(UserError, match=rf"{name}: the run in .* has .*, got .*leave the setting out"):
         make_trainer(text, tmp_path, change, resume=True)
+
+
+def test_resuming_with_other_steps_than_those_done_or_another_number_of_sequences_is_refused(text, tmp_path):
+    make_trainer(text, tmp_path, "steps=3").run()
+    with pytest.raises(UserError, match=r"train.batch_size x train.accumulate x processes: the run in .* has 4 a step, got 2"):
+        make_trainer(text, tmp_path, "batch_size=2", resume=True)
+    with pytest.raises(UserError, match=r"train.steps: the run in .* has done 3 steps, got 2"):
+        make_trainer(text, tmp_path, "steps=2", resume=True)
+    assert make_trainer(text, tmp_path, "steps=4", "batch_size=2", "accumulate=2", resume=True).run().steps == 4
 
 
 def test_resuming_may_change_limits_and_learning_rate_and_says_so(text, tmp_path):
@@ -441,7 +547,7 @@ def test_resuming_may_change_limits_and_learning_rate_and_says_so(text, tmp_path
 def test_a_line_of_the_log_that_a_crash_has_cut_off_does_not_stop_a_resume(text, tmp_path):
     make_trainer(text, tmp_path, "steps=2").run()
     with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('{"step": 3, "lo')
+        file.write('{"step": "x"}\n{"step": null}\n[]\n{"step": 3, "lo')
     assert make_trainer(text, tmp_path, "steps=4", resume=True).run().steps == 4
     assert sorted(losses(tmp_path)) == [1, 2, 3, 4]
 
@@ -487,10 +593,10 @@ def test_a_better_file_is_not_overwritten_by_a_resumed_run(text, tmp_path):
 
 
 def test_a_limit_in_seconds_says_that_it_ended_the_run(text, tmp_path):
-    trainer = make_trainer(text, tmp_path, "steps=1000000", "max_seconds=2", "final_tokens=100", "eval_tokens=100")
+    trainer = make_trainer(text, tmp_path, "steps=1000000", "max_seconds=3", "final_tokens=100", "eval_tokens=100")
     result = trainer.run()
-    assert f"stopped at step {result.steps:,} of 1,000,000: train.max_seconds=2 is over" in trainer.lines
-    assert any("of training to go, until train.max_seconds=2 is over" in line for line in trainer.lines)
+    assert f"stopped at step {result.steps:,} of 1,000,000: train.max_seconds=3 is over" in trainer.lines
+    assert any("of training to go, until train.max_seconds=3 is over" in line for line in trainer.lines)
     assert result.final["test"].tokens <= 100 + 32
 
 

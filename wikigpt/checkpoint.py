@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 FORMAT = "wikigpt"
 VERSION = 1
 NAME = "wiki-gpt.pth"
+LAST = "last.pth"
 
 
 class Loaded(NamedTuple):
@@ -47,7 +48,11 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
 def find(source: str | Path) -> Path:
     """The checkpoint file meant by `source`: a file, or a run directory that holds wiki-gpt.pth."""
     path = Path(source)
+    if path.suffix == ".pth" and not path.exists():
+        raise UserError(f"no checkpoint at {path}: name another")
     if path.is_dir():
+        if (path / LAST).is_file() and not (path / NAME).is_file():
+            raise UserError(f"{path} has no {NAME} yet, only the last save of a run: name {path / LAST}, or resume the run")
         path = path / NAME
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: train one with `wikigpt train --out {Path(source)}` or name another")

@@ -72,7 +72,9 @@ def load(source: str | None, device: str, backend: str | None = None) -> tuple[G
 
     on = pick_device(device)
     check_backend(backend, on.type)
-    source = str(newest_run()) if source is None else source
+    if source is None:
+        source = str(newest_run())
+        print(f"model: {source}, the newest run", file=sys.stderr)
     loaded = load_model(source, on, backend)
     if loaded.tokenizer is None:
         raise UserError(f"{source} holds no tokenizer that wikigpt can read; use a checkpoint of `wikigpt train`")
@@ -226,6 +228,9 @@ def train(
             del saved
         check_backend(settings.model.backend, pick_device(settings.train.device).type, "adamw", "grad_norm", "sample")
         prepared = prepare(settings.data.dataset, settings.data.tokenizer, settings.data.vocab_size, settings.data.data_dir)
+        settings.data.dataset = source_name(prepared.name, settings.data.dataset)
+        if settings.data.data_dir is not None:
+            settings.data.data_dir = os.path.abspath(settings.data.data_dir)
         with processes(settings.train.device) as group:
             trainer = Trainer(settings, TextTask(prepared), out, group, resume, log=say)
             if group.first:
@@ -251,7 +256,8 @@ def train(
     if result.interrupted:
         return
     show_final(result, prepared.tokenizer.kind == "word", settings.train.final_tokens)
-    console.print(f"speed: {result.tokens_per_second:,.0f} tokens/s in training, {result.seconds:.0f} s in all")
+    if result.tokens_per_second == result.tokens_per_second:  # some steps were timed
+        console.print(f"speed: {result.tokens_per_second:,.0f} tokens/s in training, {result.seconds:.0f} s in all")
     from .generate import complete
     from .prompting import fit, show
 
@@ -268,6 +274,13 @@ def train(
         f"\ncheckpoint: {out / checkpoints.NAME}\nlog:        {out / 'log.jsonl'} (and tensorboard --logdir {out})"
         f"\nloss curve: {out / 'loss.png'}"
     )
+
+
+def source_name(found: str, asked: str) -> str:
+    """What a run notes as its data set, so that it is found again: what auto stands for, and files by their whole path."""
+    from .data.sources import NAMES
+
+    return found if asked == "auto" else asked if asked in NAMES else os.path.abspath(os.path.expanduser(asked))
 
 
 def say(line: str) -> None:
@@ -293,7 +306,8 @@ def run_with_progress(trainer: Any, resume: str) -> Any:
     try:
         result = watched_run(trainer)
     except KeyboardInterrupt:
-        console.print(f"stopped at once; the last save can be gone on with: {resume}", markup=False)
+        if trainer.begun:
+            console.print(f"stopped at once; the last save can be gone on with: {resume}", markup=False)
         raise
     if result.interrupted:
         console.print(f"go on with: {resume}", markup=False)
@@ -422,6 +436,12 @@ def report_perplexity(
         tokenizer_json=tokenizer.to_json(),
     )
     show_origin(prepared)
+    trained = content.get("task", {})
+    if dataset is None and data_dir is None and trained.get("kind") == "text" and content["dataset"] != prepared.fingerprint:
+        raise UserError(
+            f"this is not the text that the model was trained on ({trained['origin']}); name that one with --data-dir or "
+            "WIKIGPT_DATA_DIR, or this one with --dataset"
+        )
     tokens, stats = prepared.tokens[split], prepared.stats[split]
     table = Table("protocol", "stride", "tokens", "nats/token", "perplexity", "per word")
     for name, step in rows:

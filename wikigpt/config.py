@@ -125,7 +125,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
     parallel: str = "ddp"  # ddp, fsdp (FSDP2); under torchrun
     seed: int = 1337  # of weights, batches and dropout; 64 bits
-    log_interval: int = 10  # steps between log lines
+    log_interval: int = 10  # steps between lines of log.jsonl
     eval_interval: int = 200  # steps between validations
     eval_tokens: int = 32768  # validation tokens looked at during training: evenly spaced windows, always the same
     final_tokens: int | None = None  # tokens of validation and test looked at in the end; none: all of both, sliding window
@@ -418,7 +418,8 @@ def _convert(value: Any, hint: Any, name: str, source: str) -> Any:
             pass
     elif str in allowed and isinstance(value, str | int | float):
         return str(value)
-    kinds = " or ".join("none" if t is type(None) else t.__name__ for t in allowed)
+    named: dict[Any, str] = {type(None): "none", int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    kinds = " or ".join(named[t] for t in allowed)
     raise UserError(f"{source}: {name} must be {kinds}, got {value!r}")
 
 

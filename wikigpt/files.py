@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,7 +33,8 @@ def writable_directory(directory: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        raise UserError(f"cannot write to {directory}: {error.strerror or error}; choose another with --out") from None
+        reason = "it is no folder" if isinstance(error, FileExistsError) else error.strerror or error
+        raise UserError(f"cannot write to {directory}: {reason}; choose another with --out") from None
     return directory
 
 
@@ -58,10 +60,13 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def remove_temporary(directory: Path) -> None:
-    """Take away what a process that was killed while it wrote has left. No other process may be writing there."""
-    for path in directory.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+def remove_temporary(directory: Path, names: Iterable[str]) -> None:
+    """Take away what a process that was killed while it wrote one of these files has left. No other process may be writing
+    there."""
+    for name in names:
+        for path in directory.glob(f".{name}.*.tmp"):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def write_atomically(path: str | Path, write: Callable[[Any], Any]) -> None:

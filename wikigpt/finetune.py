@@ -81,10 +81,12 @@ def finetune(
             if fixed:
                 raise UserError(f"--{fixed[0].replace('_', '-')}: the run in {out} has its own; leave it out beside --resume")
             pairs_path = pairs_path or saved["task"]["pairs"]
+            if not Path(pairs_path).is_file():
+                raise UserError(f"the pairs of the run are no longer at {pairs_path}; name the file: finetune FILE --resume")
             model, tok = checkpoints.model_from(saved), checkpoints.tokenizer_from(saved)
             assert tok is not None
-            base, settings = saved["config"], {**saved["task"], "pairs": str(pairs_path)}
-            settings.pop("kind")
+            base, settings = saved["config"], {**saved["task"], "pairs": str(Path(pairs_path).resolve())}
+            settings = {key: value for key, value in settings.items() if key not in ("kind", "origin")}
             pairs = read_pairs(pairs_path)
         else:
             if pairs_path is None:
@@ -94,7 +96,7 @@ def finetune(
             model, tok = _start(pairs, checkpoint, sizes, out, target)
             base = None
             settings = {
-                "pairs": str(pairs_path),
+                "pairs": str(Path(pairs_path).resolve()),
                 "checkpoint": None if checkpoint is None else str(checkpoint),
                 "valid_fraction": given.get("valid_fraction", 0.1),
                 "seed": given.get("seed", 0),
@@ -137,7 +139,7 @@ def _start(
         return _scratch(pairs, kind, sizes)
     for name in sizes:
         raise UserError(f"--{name.replace('_', '-')} is for training from scratch; leave it out, {checkpoint} has its own")
-    if Path(checkpoint).resolve() in (out.resolve(), out.resolve() / checkpoints.NAME):
+    if out.resolve() in (Path(checkpoint).resolve(), Path(checkpoint).resolve().parent):
         raise UserError(f"{out} holds the checkpoint to start from; choose another --out to keep it")
     loaded = checkpoints.load_model(checkpoint, device)
     if loaded.tokenizer is None:

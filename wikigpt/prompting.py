@@ -52,6 +52,7 @@ def fit(model: GPT, tokenizer: Tokenizer, texts: Sequence[str]) -> list[Prompt]:
 
     Raises UserError for tokens that the model does not know.
     """
+    from .data.tokenizers import UNK
     from .generate import check_tokens, cropped
 
     prompts = []
@@ -65,6 +66,9 @@ def fit(model: GPT, tokenizer: Tokenizer, texts: Sequence[str]) -> list[Prompt]:
             )
             text = "\u2026 " + tokenizer.decode(ids, pretty=tokenizer.kind == "word").lstrip()
         check_tokens(model, ids)
+        unknown = ids.count(unk) if (unk := getattr(tokenizer, "unk_id", None)) is not None else 0
+        if unknown and unknown > text.split().count(UNK):
+            print(f"note: {unknown:,} of {len(ids):,} words of the prompt are not in the vocabulary: {UNK}", file=sys.stderr)
         prompts.append((text, ids))
     return prompts
 

@@ -50,14 +50,20 @@ def pick_device(name: str) -> torch.device:
 def processes(device_name: str) -> Iterator[Processes]:
     """Join the process group when torchrun started this process; leave it at the end."""
     device = pick_device(device_name)
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+    except ValueError:
+        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: it is torchrun's, a number; unset it") from None
     if size == 1:
         yield Processes(0, 1, device)
         return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except ValueError as error:
+        raise UserError(f"cannot join the other processes ({error}); start them with torchrun") from None
     try:
         yield Processes(dist.get_rank(), size, device)
     finally:
@@ -169,6 +175,7 @@ class Speed:
         self.device, self.report = device, report
         self.busy, self.trained, self.readings = 0.0, 0, 0  # seconds and steps spent in training alone
         self._underway: Reading | None = None
+        self._first = (0.0, 0)
         self.restart(step)
 
     def restart(self, step: int) -> None:
@@ -196,7 +203,19 @@ class Speed:
         reading.end.wait()
         took = reading.end.since(reading.begin)
         self.busy, self.trained, self.readings = self.busy + took, self.trained + reading.steps, self.readings + 1
+        if self.readings == 1:
+            self._first = (self.busy, self.trained)
         self.report(reading, took)
+
+    # Without the first reading, which holds what was compiled.
+    @property
+    def warm_seconds(self) -> float:
+        return self.busy - self._first[0]
+
+    @property
+    def warm_mean(self) -> float:
+        """Steps per second."""
+        return (self.trained - self._first[1]) / max(self.warm_seconds, 1e-9)
 
     @property
     def mean(self) -> float:

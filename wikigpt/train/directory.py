@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from wikigpt.checkpoint import NAME
+from wikigpt.checkpoint import LAST, NAME
 from wikigpt.errors import UserError
 from wikigpt.files import remove_temporary, writable_directory
 
-LAST = "last.pth"
 LOG = "log.jsonl"
 PICTURE = "loss.png"
 CONFIG = "config.yaml"
 BOARD = "tensorboard"
-LOCK = ".lock"
+LOCK = ".wikigpt.lock"
+_WRITTEN = (NAME, LAST, LOG, PICTURE, CONFIG)
 
 
 @contextlib.contextmanager
@@ -40,6 +39,8 @@ def owned(directory: str | Path, resume: bool = False, overwrite: bool = False) 
         raise UserError(f"nothing to resume in {directory}: no {LAST} there; leave --resume out to start a run")
     made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     writable_directory(directory)
+    if (directory / LOCK).exists() and not (directory / LOCK).is_file():
+        raise UserError(f"{directory / LOCK} is no file, and wikigpt needs that name; choose another --out")
     lock, owner = FileLock(directory / LOCK), None
     try:
         with contextlib.suppress(OSError):
@@ -50,9 +51,14 @@ def owned(directory: str | Path, resume: bool = False, overwrite: bool = False) 
             who = f"process {owner}" if owner else "another process"
             raise UserError(f"{who} is training into {directory}: stop it, wait for it, or choose another --out") from None
         (directory / LOCK).write_text(f"{os.getpid()}\n")
-        remove_temporary(directory)
-        if not (resume or overwrite) and any((directory / name).exists() for name in (LAST, NAME)):
-            raise UserError(f"{directory} holds a run already; add --resume to go on with it or --overwrite to replace it")
+        there = [name for name in (*_WRITTEN, BOARD) if (directory / name).exists()]
+        if there and not (resume or overwrite):
+            if {LAST, NAME} & set(there):
+                raise UserError(f"{directory} holds a run already; add --resume to go on with it or --overwrite to replace it")
+            raise UserError(
+                f"{directory} holds {there[0]} already, which a run writes; choose another --out or add --overwrite"
+            )
+        remove_temporary(directory, _WRITTEN)
         yield directory
     finally:
         if lock.is_locked:
@@ -65,10 +71,18 @@ def owned(directory: str | Path, resume: bool = False, overwrite: bool = False) 
 
 
 def clear(directory: Path) -> None:
-    """Take away the files of an earlier run."""
-    for name in (NAME, LAST, LOG, PICTURE, CONFIG):
-        (directory / name).unlink(missing_ok=True)
-    shutil.rmtree(directory / BOARD, ignore_errors=True)
+    """Take away the files of an earlier run but last.pth, in whose place that of the new one is. Raises UserError."""
+    board = directory / BOARD
+    try:
+        for name in _WRITTEN:
+            if name != LAST:
+                (directory / name).unlink(missing_ok=True)
+        for events in board.glob("events.out.tfevents*"):
+            events.unlink()
+    except OSError as error:
+        raise UserError(f"cannot replace {error.filename}: {error.strerror}; remove it, or choose another --out") from error
+    with contextlib.suppress(OSError):  # it is not there, or holds something else
+        board.rmdir()
 
 
 __all__ = ["BOARD", "CONFIG", "LAST", "LOG", "PICTURE", "clear", "owned"]

@@ -1,7 +1,8 @@
-"""Ctrl-C and SIGTERM ask a run to stop where nothing is lost."""
+"""Ctrl-C, SIGTERM and a closed terminal ask a run to stop where nothing is lost."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -13,9 +14,8 @@ class Stopped(Exception):
 
 
 class Interrupt:
-    """SIGINT and SIGTERM ask the loop to stop after the step under way, and `notice` says so; a second SIGINT stops at once.
-
-    Outside the main thread, where Python handles no signals, nothing is asked.
+    """SIGINT, SIGTERM and SIGHUP (unless nohup has it ignored) ask the loop to stop after the step under way, and `notice` says
+    so; a second SIGINT stops at once. Outside the main thread, where Python handles no signals, nothing is asked.
     """
 
     def __init__(self, notice: Callable[[], str] | None = None) -> None:
@@ -25,7 +25,9 @@ class Interrupt:
     def __enter__(self) -> Interrupt:
         self.signal, self._before = None, {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+            names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+            wanted = [s for s in map(signal.Signals.__getitem__, names) if signal.getsignal(s) is not signal.SIG_IGN]
+            self._before = {s: signal.signal(s, self._handle) for s in wanted}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -42,8 +44,9 @@ class Interrupt:
             raise KeyboardInterrupt
         first, self.signal = self.signal is None, number
         if first and self.notice is not None:
-            # Not print: the signal may have come in the middle of one.
-            os.write(2, f"\n{signal.Signals(number).name}: {self.notice()}\n".encode())
+            # Not print: the signal may have come in the middle of one. Whoever read it may have gone by the same signal.
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{signal.Signals(number).name}: {self.notice()}\n".encode())
 
 
 __all__ = ["Interrupt", "Stopped"]

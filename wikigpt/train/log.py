@@ -67,7 +67,7 @@ def read_log(directory: Path) -> list[dict[str, Any]]:
             figures = json.loads(line)
         except ValueError:
             continue
-        if isinstance(figures, dict) and "step" in figures:
+        if isinstance(figures, dict) and type(figures.get("step")) is int:
             lines.append(figures)
     return lines
 
@@ -94,7 +94,9 @@ def plot_loss(directory: Path) -> Path | None:
         points = [(line["step"], line[key]) for line in lines if key in line]
         if points:
             axes.plot(*zip(*points), style, label=label, markersize=3, linewidth=1.2)
-    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=directory.resolve().name)
+    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)")
+    # Any name of a folder: no mathematics, no half characters.
+    axes.set_title(directory.resolve().name.encode("utf-8", "replace").decode(), parse_math=False)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()

@@ -79,7 +79,7 @@ class TextTask:
         return {split: self._perplexity(model, split, stride, sample, report(split)) for split in ("valid", "test")}
 
     def saved(self) -> dict[str, Any]:
-        return {"kind": "text"}
+        return {"kind": "text", "origin": f"{self.dataset.name}, {self.dataset.origin}"}
 
 
 class PairsTask:
@@ -110,7 +110,7 @@ class PairsTask:
         return {} if valid is None else {"valid": valid}
 
     def saved(self) -> dict[str, Any]:
-        return {"kind": "pairs", **self.settings}
+        return {"kind": "pairs", "origin": self.settings["pairs"], **self.settings}
 
 
 @torch.no_grad()

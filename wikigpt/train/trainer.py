@@ -7,6 +7,7 @@ import copy
 import math
 import signal
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,7 @@ FIXED = {
         "context_length", "n_layer", "n_head", "n_embd", "n_kv_head", "head_dim", "intermediate_size", "position", "norm",
         "activation", "bias", "tie_embeddings", "norm_eps", "rope_theta",
     ),
-    "train": ("optimizer", "ema_decay", "seed", "batch_size", "accumulate", "eval_tokens"),
+    "train": ("optimizer", "ema_decay", "seed", "eval_tokens"),
 }  # fmt: skip
 
 
@@ -79,7 +80,8 @@ class Trainer:
         model: GPT | None = None,
     ):
         self.config, self.task, self.directory, self.processes = config, task, directory, processes
-        self.log = log if processes.first else lambda line: None
+        self._say = log
+        self._lost: BaseException | None = None  # where the output has gone away: why
         train, device = config.train, processes.device
         if processes.first:
             writable_directory(directory)
@@ -104,6 +106,7 @@ class Trainer:
         self.best, self.best_step = math.inf, None  # type: tuple[float, int | None]
         self.train_loss = math.nan
         self.validated: int | None = None  # the step
+        self._run = uuid.uuid4().hex  # tells the files of this run from those of one that it replaces
         self._begun = False  # something of this run is on the disk
         self._log: Log | None = None
         self._on_step: OnStep | None = None
@@ -134,6 +137,11 @@ class Trainer:
         fully_shard(model)
         return model
 
+    @property
+    def begun(self) -> bool:
+        """Whether something of this run is on the disk."""
+        return self._begun
+
     # --- state ---
 
     def _sharded(self) -> bool:
@@ -147,8 +155,35 @@ class Trainer:
 
         return get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
+    def log(self, line: str) -> None:
+        """A line for a person, of the first process."""
+        self._tell(self._say, line)
+
+    def _tell(self, function: Callable[..., Any] | None, *words: Any) -> None:
+        """function(*words) of the first process. Where the reader has gone, the run is to stop and save, not to fall."""
+        if function is None or not self.processes.first or self._lost is not None:
+            return
+        try:
+            function(*words)
+        except (OSError, SystemExit) as error:  # rich and typer make SystemExit of a closed pipe
+            self._lost = error
+
+    @torch.no_grad()
+    def _check_weights(self) -> None:
+        """Raises UserError where the weights give no finite loss: the loss of a step is that of the weights before it."""
+        x, y = self.batches.at(self.batches.places(self.step * self.sequences_per_step, 1))
+        training = self.model.training
+        self.model.eval()  # draws no random numbers
+        try:
+            with self._autocast():
+                loss = self.model(x, y)
+        finally:
+            self.model.train(training)
+        self._check(self._mean(loss), self.step)
+
     def _save(self) -> None:
-        """Write last.pth: everything an exact resume needs."""
+        """Write last.pth: everything an exact resume needs. Raises UserError, and writes nothing, for weights of no use."""
+        self._check_weights()
         weights = self._model_state()
         if self._sharded():
             from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
@@ -179,7 +214,8 @@ class Trainer:
                     "seconds": self.seconds,
                     "train_loss": self.train_loss,
                     "validated": self.validated,
-                    "dataset": self.task.fingerprint,
+                    "sequences_per_step": self.sequences_per_step,
+                    "sharded": self._sharded(),
                 },
             )
         self._barrier()
@@ -191,6 +227,8 @@ class Trainer:
             "tokenizer": self.task.tokenizer.to_json(),
             "config": self.config.to_dict(),
             "task": self.task.saved(),
+            "dataset": self.task.fingerprint,
+            "run": self._run,
             "step": self.step,
         }
 
@@ -212,8 +250,22 @@ class Trainer:
                         "with it as it is; leave the setting out, or start a run with another --out"
                     )
         if state["dataset"] != self.task.fingerprint:
+            origin = state.get("task", {}).get("origin", "")
             raise UserError(
-                f"{path} was trained on other data or with another vocabulary; resume with the same dataset, or train anew"
+                f"{path} was trained on other data or with another vocabulary{origin and f' ({origin})'}; resume with the same "
+                "dataset, or train anew"
+            )
+        sequences = state.get("sequences_per_step", self.sequences_per_step)
+        if sequences != self.sequences_per_step:
+            raise UserError(
+                f"train.batch_size x train.accumulate x processes: the run in {self.directory} has {sequences} a step, "
+                f"got {self.sequences_per_step}; leave the setting out, and start as many processes"
+            )
+        if self._sharded() and not state.get("sharded", True):
+            raise UserError(f"train.parallel: the run in {self.directory} is not of fsdp, and cannot go on as such; use ddp")
+        if config.train.steps < state["step"]:
+            raise UserError(
+                f"train.steps: the run in {self.directory} has done {state['step']:,} steps, got {config.train.steps:,}"
             )
         changed = [
             f"{group}.{key} {before[group][key]} -> {value}"
@@ -245,10 +297,18 @@ class Trainer:
         self.step, self.seconds, self.train_loss = state["step"], state["seconds"], state["train_loss"]
         self.validated = state.get("validated", self.step)
         # Which weights are the best says the file that holds them: it may be younger than last.pth.
+        self._run = state.get("run", self._run)
         if (self.directory / checkpoint.NAME).is_file():
-            kept = checkpoint.load(self.directory)
-            loss = kept.get("valid_loss")
-            self.best, self.best_step = math.inf if loss is None else loss, kept["step"]
+            try:
+                kept = checkpoint.load(self.directory)
+            except UserError as error:
+                self.log(f"{error}; the next validation replaces it")
+            else:
+                if kept.get("run", self._run) == self._run:
+                    loss = kept.get("valid_loss")
+                    self.best, self.best_step = math.inf if loss is None else loss, kept["step"]
+                elif self.processes.first:  # killed between the first save and clear()
+                    clear(self.directory)
         torch.set_rng_state(state["random"][self.processes.rank % len(state["random"])])
         if self.processes.device.type == "cuda" and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"])
@@ -265,11 +325,10 @@ class Trainer:
 
     def _begin(self) -> None:
         """After the first step of a new run: from here on it can be resumed."""
-        if self.processes.first:
-            clear(self.directory)
-        self._save()
+        self._save()  # in the place of the last.pth of a run that this one replaces
         self._begun = True
         if self.processes.first:
+            clear(self.directory)
             self._open()
 
     def _barrier(self) -> None:
@@ -340,14 +399,17 @@ class Trainer:
         """The number in a scalar. Raises UserError where it is not finite."""
         number = float(loss)
         if not math.isfinite(number):
-            path = self.directory / LAST
-            # Before the first step nothing of this run is written; what lies there may be a run that it was to replace.
-            kept = f"the last good checkpoint is {path}" if self._begun else "no checkpoint had been written yet"
-            raise UserError(
-                f"training diverged: the loss is {number} at step {step}; {kept}; "
-                f"lower the learning rate (now {self.config.train.lr}) or raise train.warmup_steps"
-            )
+            raise self._diverged("loss", number, step)
         return number
+
+    def _diverged(self, what: str, number: float, step: int) -> UserError:
+        path = self.directory / LAST
+        # Before the first step nothing of this run is written; what lies there may be a run that it was to replace.
+        kept = f"the last good checkpoint is {path}" if self._begun else "no checkpoint had been written yet"
+        return UserError(
+            f"training diverged: the {what} is {number} at step {step}; {kept}; "
+            f"lower the learning rate (now {self.config.train.lr}) or raise train.warmup_steps"
+        )
 
     # --- evaluation ---
 
@@ -355,8 +417,9 @@ class Trainer:
         """Tells the caller how far an evaluation is, and ends it where a signal has come."""
 
         def progress(done: int, total: int) -> None:
-            if self._on_evaluate is not None:
-                self._on_evaluate(split, done, total)
+            self._tell(self._on_evaluate, split, done, total)
+            if self._lost is not None:
+                raise Stopped
             self._interrupt.check()
 
         return progress
@@ -365,7 +428,7 @@ class Trainer:
         """evaluate() of the first process, for all. Raises Stopped in all of them where a signal ends it."""
         result: list[Any] = [Stopped]
         if self.processes.first:
-            with contextlib.suppress(Stopped), self._autocast():
+            with contextlib.suppress(Stopped):
                 result[0] = evaluate()
         if self.processes.size > 1:
             dist.broadcast_object_list(result, src=0)
@@ -382,7 +445,8 @@ class Trainer:
             if weights is not None:
                 model = GPT(self.config.model).to(self.processes.device)
                 model.load_state_dict(weights)
-            return self.task.validate(model, self.config, self._report("validation"))
+            with self._autocast():
+                return self.task.validate(model, self.config, self._report("validation"))
 
         return self._together(evaluate)
 
@@ -394,6 +458,8 @@ class Trainer:
         """Validate, and keep the weights as wiki-gpt.pth where they are the best so far (or there is nothing to tell by)."""
         valid = self.validate()
         loss = None if valid is None else valid.nats / valid.tokens
+        if loss is not None and not math.isfinite(loss):
+            raise self._diverged("validation loss", loss, self.step)
         better = loss is None or loss < self.best or self.best_step is None
         text = f"step {self.step:,}/{self.config.train.steps:,}: train loss {self.train_loss:.4f}"
         if valid is not None:
@@ -415,11 +481,12 @@ class Trainer:
             checkpoint.save(self.directory / checkpoint.NAME, content)
 
     def _final(self) -> dict[str, Perplexity]:
-        """The figures of what lies in wiki-gpt.pth."""
+        """The figures of what lies in wiki-gpt.pth, in float32 as `wikigpt evaluate` has them."""
 
         def evaluate() -> dict[str, Perplexity]:
             best = checkpoint.load_model(self.directory, self.processes.device).model
-            return self.task.final(best, self.config, self._report)
+            names = {"valid": "final validation", "test": "final test"}
+            return self.task.final(best, self.config, lambda split: self._report(names.get(split, split)))
 
         found = self._together(evaluate)
         self._record(self.step, **{f"final_{split}_perplexity": figure.per_token for split, figure in found.items()})
@@ -436,7 +503,7 @@ class Trainer:
         """Train to the end (or to a signal). on_step(step, steps, figures) is called after each logged step,
         on_evaluate(split, done, total) during evaluations."""
         train = self.config.train
-        self._on_step, self._on_evaluate = on_step, on_evaluate
+        self._on_step, self._on_evaluate, self._foretold = on_step, on_evaluate, False
         begin_step, begin = self.step, time.perf_counter()
         self.speed = Speed(self.processes.device, self.step, self._report_step)
         final: dict[str, Perplexity] = {}
@@ -453,6 +520,8 @@ class Trainer:
                     if self.step < train.steps:
                         limit = f"train.max_seconds={train.max_seconds:g}"
                         self.log(f"stopped at step {self.step:,} of {train.steps:,}: {limit} is over")
+                        if self.step < train.steps / 2:
+                            self.log("less than half of the run: the model can hardly write yet, give it more seconds")
                     if self.validated != self.step:
                         self._validate()
                     final = self._final()
@@ -463,11 +532,13 @@ class Trainer:
                         self._barrier()
                     name = signal.Signals(interrupt.signal).name if interrupt.signal is not None else "a signal"
                     self.log(f"interrupted by {name} at step {self.step:,}, saved")
-            if self._log is not None:
-                self._draw()
+                if self._log is not None:
+                    self._draw()
         finally:
             if self._log is not None:
                 self._log.close()
+        if self._lost is not None:
+            raise self._lost
         rate, seconds = self.speed.mean * self.tokens_per_step, time.perf_counter() - begin
         return Result(self.directory, self.step, stopped, self.train_loss, self.best_step, final, rate, seconds)
 
@@ -501,7 +572,7 @@ class Trainer:
                     lr = train.lr * lr_factor(train, self.step, self.progress())
                     speed.read(self._mean(loss), self.step, end, self.seconds, lr)
                 # Alone, a process may stop for a signal that came since; one of several must do as all do.
-                asked = asked or (self.processes.size == 1 and self._interrupt.signal is not None)
+                asked = asked or (self.processes.size == 1 and (self._interrupt.signal is not None or self._lost is not None))
                 if asked or over:
                     break
                 validates, saves = self._validates(), self.step % train.save_interval == 0
@@ -528,10 +599,10 @@ class Trainer:
         if (mfu := self._mfu(rate)) is not None:
             figures["mfu"] = mfu
         self._record(reading.step, **figures)
-        if self._on_step is not None and self.processes.first:
-            self._on_step(reading.step, self.config.train.steps, figures)
-        if self.speed.readings == 2:  # the first holds what was compiled
-            self._foretell(rate)
+        self._tell(self._on_step, reading.step, self.config.train.steps, figures)
+        if not self._foretold and self.speed.warm_seconds >= 1.0:
+            self._foretold = True
+            self._foretell(self.speed.warm_mean * self.tokens_per_step)
 
     def _foretell(self, tokens_per_second: float) -> None:
         """How long it will take, once something is known about it."""
@@ -547,13 +618,14 @@ class Trainer:
         """The picture is worth less than the figures that are printed after it."""
         try:
             plot_loss(self.directory)
-        except UserError as error:
-            self.log(f"no picture of the loss: {error}")
+        except Exception as error:  # whatever matplotlib may have against a name or a number
+            reason = str(error).strip() or type(error).__name__
+            self.log(f"no picture of the loss: {reason.splitlines()[0]}")
 
     def _agree(self) -> bool:
         """Whether to stop after this step. That and the clock are the same for all processes, so that none waits for another
         for ever."""
-        asked = self._interrupt.signal or 0
+        asked = int(self._interrupt.signal or self._lost is not None)
         if self.processes.size > 1:
             both = torch.tensor([asked, self.seconds], dtype=torch.float64, device=self.processes.device)
             dist.all_reduce(both, op=dist.ReduceOp.MAX)
