@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib
 import json
 import os
 import signal
@@ -458,6 +459,16 @@ def test_a_name_that_matplotlib_cannot_draw_costs_no_figures(text, tmp_path):
     result = make_trainer(text, tmp_path / r"lr$\frac$", "steps=1").run()
     assert result.final
     assert (tmp_path / r"lr$\frac$" / "loss.png").exists()
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_precision_auto_is_what_the_cpu_has_units_for_and_stays_so_on_resume(text, tmp_path, monkeypatch, units):
+    head = importlib.import_module("wikigpt.kernels.linear_cross_entropy")
+    monkeypatch.setattr(head, "MULTIPLIES_BF16", units)
+    trainer = make_trainer(text, tmp_path, "steps=1", "precision=auto")
+    assert trainer.config.train.precision == ("bf16" if units else "fp32")
+    trainer.run()
+    assert checkpoint.load(tmp_path / "last.pth")["config"]["train"]["precision"] == trainer.config.train.precision
 
 
 def test_a_closed_terminal_saves(text, tmp_path):

@@ -119,7 +119,7 @@ class TrainConfig:
     min_lr_fraction: float = 0.1  # last learning rate as a fraction of the highest
     decay_fraction: float = 0.2  # part of the run in which wsd decays
     ema_decay: float = 0.0  # moving average of the weights, which is what is validated and kept; 0: none
-    precision: str = "fp32"  # fp32, bf16 (autocast)
+    precision: str = "fp32"  # fp32, bf16 (autocast), or auto: bf16 on a GPU and on a CPU with units for it
     compile: bool = False  # torch.compile
     cuda_graph: bool = True  # the whole step as one CUDA graph; only on one GPU with adamw, elsewhere without effect
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
@@ -144,7 +144,7 @@ class TrainConfig:
             self,
             optimizer=("adamw", "muon"),
             schedule=("cosine", "wsd", "constant"),
-            precision=("fp32", "bf16"),
+            precision=("fp32", "bf16", "auto"),
             parallel=("ddp", "fsdp"),
         )
         _flags(self, "compile cuda_graph tensorboard")

@@ -70,6 +70,15 @@ def processes(device_name: str) -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
+def pick_precision(name: str, device: torch.device) -> str:
+    """fp32 or bf16; auto: bf16 where it is the faster of the two."""
+    if name != "auto":
+        return name
+    from wikigpt.kernels.linear_cross_entropy import MULTIPLIES_BF16
+
+    return "bf16" if device.type == "cuda" or (device.type == "cpu" and MULTIPLIES_BF16) else "fp32"
+
+
 def peak_flops(device: torch.device) -> float | None:
     """Of the device in bf16, per second, or None where it is not known."""
     if device.type != "cuda":
@@ -223,4 +232,4 @@ class Speed:
         return self.trained / self.busy if self.busy > 0 else float("nan")
 
 
-__all__ = ["Mark", "Processes", "Reading", "Speed", "StepGraph", "peak_flops", "pick_device", "processes"]
+__all__ = ["Mark", "Processes", "Reading", "Speed", "StepGraph", "peak_flops", "pick_device", "pick_precision", "processes"]

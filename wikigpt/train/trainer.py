@@ -26,7 +26,7 @@ from wikigpt.memory import check_memory
 from wikigpt.model import GPT
 from wikigpt.output import duration
 
-from .devices import Mark, Processes, Reading, Speed, StepGraph, peak_flops
+from .devices import Mark, Processes, Reading, Speed, StepGraph, peak_flops, pick_precision
 from .directory import CONFIG, LAST, clear
 from .interrupt import Interrupt, Stopped
 from .log import Log, forget_after, plot_loss
@@ -85,6 +85,7 @@ class Trainer:
         train, device = config.train, processes.device
         if processes.first:
             writable_directory(directory)
+        train.precision = pick_precision(train.precision, device)
         config.model.vocab_size = task.tokenizer.vocab_size if model is None else model.config.vocab_size
         self.batches = task.batches(config, device)
         check_memory(config, config.model.vocab_size, device, processes.size)
