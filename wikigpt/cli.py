@@ -74,7 +74,8 @@ def load(source: str | None, device: str, backend: str | None = None) -> tuple[G
     check_backend(backend, on.type)
     if source is None:
         source = str(newest_run())
-        print(f"model: {source}, the newest run", file=sys.stderr)
+        if sys.stderr.isatty():
+            print(f"model: {source}, the newest run", file=sys.stderr)
     loaded = load_model(source, on, backend)
     if loaded.tokenizer is None:
         raise UserError(f"{source} holds no tokenizer that wikigpt can read; use a checkpoint of `wikigpt train`")
