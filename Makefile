@@ -6,6 +6,9 @@ READY := $(VENV)/.ready
 TRAIN_READY := $(VENV)/.ready-train
 # Which torch: cpu, or cuda for the one that pip finds by itself; without it cpu where no NVIDIA GPU is. TORCH_INDEX: from where.
 export TORCH TORCH_INDEX
+ifneq ($(filter-out cpu cuda,$(TORCH)),)
+$(error TORCH=$(TORCH): use cpu or cuda)
+endif
 # Arguments for the commands, for example: make train ARGS="--preset cpu-small"
 ARGS ?=
 # The Triton of the machine with a GPU, in a folder that Python looks into before .venv.

@@ -100,6 +100,7 @@ def wikitext(args: Arguments, name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="wikigpt-") as directory, processes(args.device) as group:
         trainer = Trainer(config, TextTask(dataset), Path(directory), group, log=print)
         trainer.train_step()  # compilation and first allocations are not training
+        trainer.check_weights()  # nor is compiling what validations run
         if args.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -237,6 +238,29 @@ def test_every_command_explains_itself(place, command):
     done = wikigpt(command, "--help", cwd=place, copied=command != "doctor")  # one from nothing
     assert done.returncode == 0
     assert len(done.stdout) > 200
+
+
+def test_words_of_a_prompt_that_the_vocabulary_lacks_are_counted(place):
+    done = wikigpt("generate", "the zebra sat", "--max-new-tokens", 1, cwd=place)
+    assert done.stderr == "note: 1 of 3 words of the prompt are not in the vocabulary: <unk>\n"
+
+
+def test_words_of_pairs_that_the_vocabulary_lacks_are_counted(place, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "the zebra", "completion": "sat"}\n')
+    done = wikigpt("evaluate", "--bleu", tmp_path / "pairs.jsonl", "--max-new-tokens", 1, cwd=place)
+    assert "1 of 2 words of the prompts are not in the vocabulary: <unk>" in done.stderr
+
+
+def test_evaluate_takes_the_text_that_the_model_was_trained_on_and_no_other_unasked(place, tmp_path):
+    shutil.copytree(place / "text", tmp_path / "mine")
+    run = tmp_path / "run"
+    assert wikigpt("train", "--dataset", "mine", "--out", run, *TINY, cwd=tmp_path).returncode == 0
+    assert wikigpt("evaluate", run, cwd=place).returncode == 0  # from another folder
+    (tmp_path / "mine" / "test.txt").write_text("the log sat on the cat\n" * 30)
+    done = wikigpt("evaluate", run, cwd=place)
+    assert done.returncode == 2
+    assert "not the text that the model was trained on (mine, local files mine)" in done.stderr
+    assert wikigpt("evaluate", run, "--dataset", tmp_path / "mine", cwd=place).returncode == 0
 
 
 # --- what cannot work -----------------------------------------------------------------------------------------------

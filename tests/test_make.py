@@ -149,3 +149,9 @@ def test_each_target_installs_what_it_needs_and_later_calls_start_at_once(tree):
     assert first == "python .ci/install.py dev TORCH="
     assert second.startswith("python -m pytest -n 2")
     assert tree("setup") == []
+
+
+def test_a_torch_that_there_is_not_is_refused_even_where_one_is_installed():
+    done = subprocess.run(["make", "TORCH=foo", "train"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "TORCH=foo: use cpu or cuda" in done.stderr

@@ -402,6 +402,9 @@ def report_bleu(
         check_file(hypotheses)
     pairs = read_pairs(pairs_file)
     model, tokenizer, _ = load(checkpoint, device, backend)
+    words = [token for pair in pairs for token in tokenizer.encode(pair.prompt).tolist()]
+    if unknown := words.count(getattr(tokenizer, "unk_id", -1)):
+        print(f"note: {unknown:,} of {len(words):,} words of the prompts are not in the vocabulary: <unk>", file=sys.stderr)
     with progress("completions", console) as on_step:
         result = evaluate_bleu(model, tokenizer, pairs, max_new_tokens=most, progress=on_step)
     console.print(str(result))

@@ -170,7 +170,7 @@ class Trainer:
             self._lost = error
 
     @torch.no_grad()
-    def _check_weights(self) -> None:
+    def check_weights(self) -> None:
         """Raises UserError where the weights give no finite loss: the loss of a step is that of the weights before it."""
         x, y = self.batches.at(self.batches.places(self.step * self.sequences_per_step, 1))
         training = self.model.training
@@ -184,7 +184,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Write last.pth: everything an exact resume needs. Raises UserError, and writes nothing, for weights of no use."""
-        self._check_weights()
+        self.check_weights()
         weights = self._model_state()
         if self._sharded():
             from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
