@@ -307,7 +307,9 @@ def run_benchmark(source: str, *arguments: str) -> tuple[int, str]:
     file = ROOT / "bench" / f"made_{os.getpid()}.py"  # only there it has the options and the fixtures of the benchmarks
     file.write_text(source)
     command = [sys.executable, "-m", "pytest", str(file), "--sizes=smoke", "--device=cpu", "-p", "no:cacheprovider", *arguments]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")} | {"COLUMNS": "100"}
+    # As on a terminal: under CI pytest does not cut its own lines to its width.
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "BUILD_NUMBER", "CI"))}
+    environment = kept | {"COLUMNS": "100"}
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     finally:
