@@ -197,7 +197,9 @@ def _chunked_cpu(
     of_chunk = torch.empty(v, d, dtype=dtype) if needs[1] and dtype != torch.float32 else None
     matrix = linear_weight.to(dtype)
     bias = None if linear_bias is None else linear_bias.to(dtype)
-    in_csrc = dtype == torch.bfloat16 and softcap == 0.0 and not aux and of_lse is None and extension()[0] is not None
+    # An extension of an older version has no such operator.
+    built = extension()[0] is not None and hasattr(torch.ops.wikigpt, "cross_entropy_rows_cpu")
+    in_csrc = built and dtype == torch.bfloat16 and softcap == 0.0 and not aux and of_lse is None
     for begin in range(0, n, rows):
         chunk = slice(begin, begin + rows)
         x = input[chunk].to(dtype)
