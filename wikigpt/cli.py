@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import os
 import sys
@@ -144,15 +143,11 @@ def presets() -> None:
 
 def parameters(settings: Config) -> int:
     """Of the model that these settings train on WikiText-2, whose vocabulary is known."""
-    import torch
-
     from .data.tokenizers import BPE_VOCAB_SIZE
-    from .model import GPT
+    from .memory import count_parameters
 
     types = {"word": 33278, "bpe": BPE_VOCAB_SIZE, "byte": 257}[settings.data.tokenizer]
-    with torch.device("meta"):
-        model = GPT(dataclasses.replace(settings.model, vocab_size=settings.data.vocab_size or types))
-    return model.num_parameters()
+    return count_parameters(settings.model, settings.data.vocab_size or types)
 
 
 @config_app.command("show")
@@ -285,7 +280,7 @@ def source_name(found: str, asked: str) -> str:
 
 
 def say(line: str) -> None:
-    console.print(line, markup=False)
+    console.print(line)
 
 
 def show_final(result: Any, words: bool, sample: int | None) -> None:
@@ -308,15 +303,14 @@ def run_with_progress(trainer: Any, resume: str) -> Any:
         result = watched_run(trainer)
     except KeyboardInterrupt:
         if trainer.begun:
-            console.print(f"stopped at once; the last save can be gone on with: {resume}", markup=False)
+            console.print(f"stopped at once; the last save can be gone on with: {resume}")
         raise
     if result.interrupted:
-        console.print(f"go on with: {resume}", markup=False)
+        console.print(f"go on with: {resume}")
     return result
 
 
 def watched_run(trainer: Any) -> Any:
-
     def line(figures: dict[str, float]) -> str:
         mfu = f", MFU {figures['mfu']:.1%}" if "mfu" in figures else ""
         return f"loss {figures['loss']:.3f}, {figures['tokens_per_second']:,.0f} tokens/s{mfu}"

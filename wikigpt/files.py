@@ -56,10 +56,6 @@ class _Remembering:
         return getattr(self._file, name)
 
 
-def temporary_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
 def remove_temporary(directory: Path, names: Iterable[str]) -> None:
     """Take away what a process that was killed while it wrote one of these files has left. No other process may be writing
     there."""
@@ -77,7 +73,7 @@ def write_atomically(path: str | Path, write: Callable[[Any], Any]) -> None:
     path = Path(path)
     if path.exists() and not path.is_file():  # renaming over /dev/null would take it from the whole machine
         raise UserError(f"cannot write {path}: it is no file; choose another name")
-    temporary = temporary_name(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     file = None
     try:
         with open(temporary, "wb") as opened:
@@ -103,4 +99,4 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     write_atomically(path, lambda file: file.write(content))
 
 
-__all__ = ["remove_temporary", "temporary_name", "writable_directory", "write_atomically", "write_bytes"]
+__all__ = ["remove_temporary", "writable_directory", "write_atomically", "write_bytes"]

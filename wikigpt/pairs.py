@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .data.sources import marked_encoding
+from .data.sources import refuse_marked
 from .errors import UserError
 from .memory import machine_memory
 
@@ -46,10 +46,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
         with path.open("rb") as file:  # line by line: the file itself is never in memory
             for number, line in enumerate(file, 1):
                 if number == 1:
-                    if (encoding := marked_encoding(line)) is not None:
-                        raise UserError(
-                            f"{path} is {encoding.upper()} text: save it as UTF-8, e.g. iconv -f {encoding} -t utf-8"
-                        )
+                    refuse_marked(line, path)
                     line = line.removeprefix(codecs.BOM_UTF8)  # Windows editors put it before UTF-8
                 if line.strip():
                     pairs.append(_parse(line, f"{path}:{number}"))

@@ -144,8 +144,7 @@ def _read(path: Path) -> str:
 
 def decode(content: bytes, name: str | Path) -> str:
     """The text of a file in UTF-8, without its byte-order mark. Raises UserError for whatever is not such text."""
-    if (encoding := marked_encoding(content)) is not None:
-        raise UserError(f"{name} is {encoding.upper()} text: save it as UTF-8, e.g. iconv -f {encoding} -t utf-8")
+    refuse_marked(content, name)
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -158,15 +157,14 @@ def decode(content: bytes, name: str | Path) -> str:
     return text.removeprefix("\ufeff")
 
 
-def marked_encoding(content: bytes) -> str | None:
-    """The encoding that a byte-order mark names, if it is not UTF-8. Windows editors write "Unicode" as UTF-16."""
+def refuse_marked(content: bytes, name: str | Path) -> None:
+    """Raises UserError where a byte-order mark names another encoding than UTF-8. Windows editors write "Unicode" as UTF-16."""
     for encoding, *marks in (
         ("utf-32", codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),  # first: the mark of UTF-16 LE begins that of UTF-32 LE
         ("utf-16", codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
     ):
         if content.startswith(tuple(marks)):
-            return encoding
-    return None
+            raise UserError(f"{name} is {encoding.upper()} text: save it as UTF-8, e.g. iconv -f {encoding} -t utf-8")
 
 
 # ---- WikiText-2: a local copy ----

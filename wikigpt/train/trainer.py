@@ -94,8 +94,6 @@ class Trainer:
         self.model = (GPT(config.model) if model is None else model).to(device)
         self.wrapped = self._parallel(self.model)
         captured = train.cuda_graph and device.type == "cuda" and processes.size == 1 and train.optimizer == "adamw"
-        if train.ema_decay > 0 and processes.size > 1 and train.parallel == "fsdp":
-            raise UserError("train.ema_decay: not available with train.parallel=fsdp; use ddp or ema_decay=0")
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if train.ema_decay > 0 else None
         self.optimizers = Optimizers(self.wrapped, self.ema, train, device, captured)
         self.forward = torch.compile(self.wrapped) if train.compile else self.wrapped
